@@ -1,0 +1,157 @@
+"""What discovery finds, as plain data: frozen, and in and out of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["megre", "vfa", "dwi"]
+Severity = Literal["error", "warning", "info"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One message about the input: a sentence a user can act on, and what it is about."""
+
+    severity: Severity
+    message: str
+    subject: str = ""
+    session: str = ""
+    model: str = ""
+    file: str = ""
+    field: str = ""
+
+
+@dataclass(frozen=True)
+class Sourced:
+    """Metadata values in one unit, each with the place it was read from.
+
+    ``values`` has one entry, or one per image (MEGRE, VFA) or per volume (dwi); ``sources`` has
+    one entry, or as many as ``values``.
+    """
+
+    values: tuple[float, ...]
+    unit: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DwiRun:
+    """One dwi image with its gradients and timing.
+
+    ``small_delta`` and ``big_delta`` are in ms, ``echo_time`` in s; None where nothing says.
+    """
+
+    image: str
+    bval: str
+    bvec: str
+    small_delta: Sourced | None = None
+    big_delta: Sourced | None = None
+    echo_time: Sourced | None = None
+
+
+@dataclass(frozen=True)
+class B1Map:
+    """A transmit-field map; stored value times ``factor`` is the relative B1 (1 = nominal)."""
+
+    image: str
+    factor: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where the mask comes from: ``option``, ``derivatives``, or ``quick`` (made by us, no image)."""
+
+    origin: Literal["option", "derivatives", "quick"]
+    image: str = ""
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """A segmentation on the grid of the maps, and the table that names its labels ("" if none)."""
+
+    name: str
+    image: str
+    table: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Images that belong to one fit, in order (MEGRE by echo time, VFA by flip angle)."""
+
+    kind: Kind
+    subject: str
+    session: str
+    entities: dict[str, str]
+    """Entities that output names keep, such as ``acq``, ``run``, ``space``."""
+    images: tuple[str, ...]
+    echo_time: Sourced | None = None
+    """s, one per image."""
+    flip_angle: Sourced | None = None
+    """degrees, one per image."""
+    repetition_time: Sourced | None = None
+    """RepetitionTimeExcitation in s, one per image."""
+    dwi_runs: tuple[DwiRun, ...] = ()
+    b1_map: B1Map | None = None
+    mask: Mask = Mask("quick")
+    atlases: tuple[Atlas, ...] = ()
+    preprocessed: bool = False
+    spatial_reference: str = ""
+    """BIDS URI of the image that defines a non-standard ``space`` ("" when unknown or native)."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Constant acquisition fields copied to sidecars (MagneticFieldStrength, Manufacturer, ...)."""
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and log lines: ``megre``, ``dwi acq-b2k run-1``."""
+        keep = " ".join(f"{k}-{v}" for k, v in self.entities.items())
+        return f"{self.kind} {keep}".strip()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model on one series, or the reason why not (``reason`` is "" when eligible)."""
+
+    series: Series
+    model: str
+    reason: str = ""
+
+    @property
+    def eligible(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything discovery decided, before any image is opened."""
+
+    jobs: tuple[Job, ...]
+    findings: tuple[Finding, ...]
+    datasets: dict[str, str]
+    """Name of each dataset used in BIDS URIs (``raw``, and the ``--derivatives`` names) -> path."""
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass of this module (or a list of them) as JSON-ready data."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
+
+
+def series_from_json(data: dict[str, Any]) -> Series:
+    """The inverse of ``to_json`` for a Series."""
+    sourced = lambda d: None if d is None else Sourced(tuple(d["values"]), d["unit"], tuple(d["sources"]))  # noqa: E731
+    timing = ("small_delta", "big_delta", "echo_time")
+    data = dict(data)
+    for name in ("echo_time", "flip_angle", "repetition_time"):
+        data[name] = sourced(data[name])
+    data["images"] = tuple(data["images"])
+    data["dwi_runs"] = tuple(
+        DwiRun(**{k: sourced(v) if k in timing else v for k, v in run.items()}) for run in data["dwi_runs"]
+    )
+    data["b1_map"] = None if data["b1_map"] is None else B1Map(**data["b1_map"])
+    data["mask"] = Mask(**data["mask"])
+    data["atlases"] = tuple(Atlas(**a) for a in data["atlases"])
+    return Series(**data)
