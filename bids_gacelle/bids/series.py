@@ -62,10 +62,13 @@ class B1Map:
 
 @dataclass(frozen=True)
 class Mask:
-    """Where the mask comes from: ``option``, ``derivatives``, or ``quick`` (made by us, no image)."""
+    """Where the mask comes from: ``option``, ``derivatives``, or ``quick`` (made by us, no image).
+
+    Several images (one per combined dwi run) are intersected.
+    """
 
     origin: Literal["option", "derivatives", "quick"]
-    image: str = ""
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,6 @@ def series_from_json(data: dict[str, Any]) -> Series:
         DwiRun(**{k: sourced(v) if k in timing else v for k, v in run.items()}) for run in data["dwi_runs"]
     )
     data["b1_map"] = None if data["b1_map"] is None else B1Map(**data["b1_map"])
-    data["mask"] = Mask(**data["mask"])
+    data["mask"] = Mask(data["mask"]["origin"], tuple(data["mask"]["images"]))
     data["atlases"] = tuple(Atlas(**a) for a in data["atlases"])
     return Series(**data)

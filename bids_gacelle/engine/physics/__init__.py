@@ -1,0 +1,1 @@
+"""Signal physics shared by the models: exchange, powder averages, steady states."""

@@ -1,0 +1,279 @@
+"""Diffusion times of a dwi run: the first source that has them wins, and is written down.
+
+Order: command line, ``--timing-file``, the sidecar fields ``SmallDelta`` with ``BigDelta`` or
+``LargeDelta``, text files ``.smalldelta`` and ``.bigdelta`` beside the image, and for
+preprocessed images the same in the raw run. Numbers are in s; numbers of 1 or more can only be
+ms and are read so with a warning.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from bids_gacelle.bids.files import BidsFile, Dataset
+from bids_gacelle.bids.gradients import read_numbers
+from bids_gacelle.bids.metadata import (
+    Found,
+    MetadataError,
+    Sidecars,
+    as_list,
+    as_number,
+    number,
+    per_volume,
+)
+from bids_gacelle.bids.series import Sourced
+
+_FIELDS = {"SmallDelta": ("SmallDelta",), "BigDelta": ("BigDelta", "LargeDelta")}
+_OPTIONS = {"SmallDelta": "--small-delta", "BigDelta": "--big-delta"}
+_EXAMPLES = {"SmallDelta": "0.006", "BigDelta": "0.021", "LargeDelta": "0.021"}
+_SHORTEST, _LONGEST = 0.1, 1000.0  # ms
+_TOLERANCE = 0.01  # ms
+_Float = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TimingOptions:
+    """What the command line says about diffusion times."""
+
+    small_delta_ms: float | None = None
+    big_delta_ms: float | None = None
+    timing_file: Path | None = None
+    assume_ms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Diffusion times of one run; ``problem`` says why they cannot be used (then both are None)."""
+
+    small_delta: Sourced | None
+    big_delta: Sourced | None
+    echo_time: Sourced | None
+    warnings: tuple[str, ...]
+    problem: MetadataError | None
+
+
+@dataclass(frozen=True)
+class RunImage:
+    """A dwi image with what is needed to look up its metadata."""
+
+    dataset: Dataset
+    image: BidsFile
+    weighted: npt.NDArray[np.bool_]
+    """(volumes,) True where b is above the b0 threshold: only there must times make sense."""
+
+    @property
+    def sidecars(self) -> Sidecars:
+        return Sidecars(self.dataset, self.image)
+
+
+def resolve_timing(
+    run: RunImage, parents: Sequence[tuple[Dataset, BidsFile]], options: TimingOptions
+) -> Timing:
+    """Find SmallDelta, BigDelta and EchoTime of a run.
+
+    Parameters
+    ----------
+    run : the image that is fitted.
+    parents : raw runs that a preprocessed image may stem from; used when the image itself has
+        no times, and only if they all agree.
+    options : command line.
+
+    Raises
+    ------
+    MetadataError
+        An echo time that cannot be right. Problems with the diffusion times are returned, since
+        not every model needs them.
+    """
+    warnings: list[str] = []
+    echo_time = _echo_time(run, options)
+    try:
+        small, big = (_resolve(f, run, parents, options, warnings.append) for f in _FIELDS)
+        if small and big:
+            _check_order(small, big, run)
+            return Timing(small, big, echo_time, tuple(warnings), None)
+        problem = _missing(
+            run, parents, [f for f, v in zip(_FIELDS, (small, big), strict=True) if not v]
+        )
+    except MetadataError as error:
+        problem = error
+    return Timing(None, None, echo_time, (), problem)
+
+
+def _resolve(
+    field: str,
+    run: RunImage,
+    parents: Sequence[tuple[Dataset, BidsFile]],
+    options: TimingOptions,
+    warn: Callable[[str], None],
+) -> Sourced | None:
+    given = {"SmallDelta": options.small_delta_ms, "BigDelta": options.big_delta_ms}[field]
+    if given is not None:
+        return Sourced((given,), "ms", (_OPTIONS[field],))
+    for found, name in _candidates(field, run, options):
+        return _in_ms(found, name, run, options, warn)
+    return _from_parents(field, run, parents, options, warn)
+
+
+def _candidates(field: str, run: RunImage, options: TimingOptions) -> Iterator[tuple[Found, str]]:
+    """Values as they stand in files, best source first, and the name of the field there."""
+    if options.timing_file and (
+        column := _timing_column(field, options.timing_file, len(run.weighted))
+    ):
+        yield column, field
+    for name in _FIELDS[field]:
+        if found := run.sidecars.find(name):
+            yield found, name
+    for text in run.dataset.inherited(run.image, f".{field.lower()}"):
+        yield Found(read_numbers(text.path), text), field
+
+
+def _in_ms(
+    found: Found, name: str, run: RunImage, options: TimingOptions, warn: Callable[[str], None]
+) -> Sourced:
+    raw = as_list(found, name, len(run.weighted))
+    values = np.array([np.nan if (v := number(r)) is None else v for r in raw])
+    # times of b=0 volumes mean nothing: a missing or zero one is no fault
+    used = values[run.weighted] if len(values) > 1 else values
+    where = f"`{name}` in `{found.file.label}`"
+    if np.isnan(used).any():
+        odd = next(r for r, v in zip(raw, values, strict=True) if np.isnan(v))
+        raise MetadataError(
+            f"{where} holds {odd!r}; numbers in s are needed, e.g. {_EXAMPLES[name]}.",
+            found.file.path,
+            name,
+        )
+    is_ms = used.max() >= 1
+    if is_ms and name not in options.assume_ms:
+        warn(
+            f"{where} is {_range(used)}, which cannot be s (as BIDS has it) and was read as ms; "
+            f"write {_range(used / 1000)} there."
+        )
+    scale = 1.0 if is_ms or name in options.assume_ms else 1000.0
+    if used.min() * scale < _SHORTEST or used.max() * scale > _LONGEST:
+        raise MetadataError(
+            f"{where} is {_range(used)}: as {_range(used * scale)} ms that is no diffusion time "
+            f"({_SHORTEST:g} to {_LONGEST:g} ms); correct it.",
+            found.file.path,
+            name,
+        )
+    values = used[:1] if np.ptp(used) == 0 else np.nan_to_num(values)
+    times = tuple(round(float(v) * scale, 9) for v in values)
+    return Sourced(times, "ms", (f"{found.file.label}: {name}",))
+
+
+def _range(values: _Float) -> str:
+    low, high = f"{values.min():.6g}", f"{values.max():.6g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _from_parents(
+    field: str,
+    run: RunImage,
+    parents: Sequence[tuple[Dataset, BidsFile]],
+    options: TimingOptions,
+    warn: Callable[[str], None],
+) -> Sourced | None:
+    """Times of the raw run, or of several concatenated ones if all have the same single time."""
+    of_command_line = replace(options, timing_file=None)
+    times: dict[str, Sourced | None] = {}
+    for dataset, image in parents:
+        parent = RunImage(dataset, image, run.weighted)
+        candidate = next(_candidates(field, parent, of_command_line), None)
+        if candidate and len(parents) > 1 and isinstance(candidate[0].value, list):
+            raise MetadataError(
+                f"`{field}` missing for `{run.image.label}`, and the {len(parents)} raw runs "
+                f"it may stem from have it per volume, in an order that is lost. {_ADVICE}",
+                run.image.path,
+                field,
+            )
+        times[image.label] = candidate and _in_ms(*candidate, parent, options, warn)
+    if len({t and t.values for t in times.values()}) > 1:
+        listed = ", ".join(
+            f"{n}: {f'{t.values[0]:g} ms' if t else 'none'}" for n, t in times.items()
+        )
+        raise MetadataError(
+            f"`{field}` missing for `{run.image.label}`, and the {len(parents)} raw runs it may "
+            f"stem from differ ({listed}). {_ADVICE}",
+            run.image.path,
+            field,
+        )
+    return next(iter(times.values()), None)
+
+
+_ADVICE = "Give it per volume in the sidecar of the preprocessed image, or pass --timing-file."
+
+
+def _check_order(small: Sourced, big: Sourced, run: RunImage) -> None:
+    n = len(run.weighted)
+    pulse, separation = (np.broadcast_to(t.values, n)[run.weighted] for t in (small, big))
+    if (pulse > separation + _TOLERANCE).any():
+        raise MetadataError(
+            f"`{run.image.label}`: SmallDelta ({_range(pulse)} ms, {small.sources[0]}) is longer "
+            f"than BigDelta ({_range(separation)} ms, {big.sources[0]}); correct them.",
+            run.image.path,
+            "SmallDelta",
+        )
+
+
+def _missing(
+    run: RunImage, parents: Sequence[tuple[Dataset, BidsFile]], fields: Sequence[str]
+) -> MetadataError:
+    looked_in = [run.sidecars.looked_in()]
+    looked_in += [f"{Sidecars(d, f).looked_in()} of the raw run" for d, f in parents]
+    add = ", ".join(f'"{f}": {_EXAMPLES[f]}' for f in fields)
+    flags = " ".join(f"{_OPTIONS[f]} {float(_EXAMPLES[f]) * 1000:g}ms" for f in fields)
+    return MetadataError(
+        f"{' and '.join(f'`{f}`' for f in fields)} missing for `{run.image.label}`. Looked in: "
+        f"{'; '.join(looked_in)}. Add e.g. {add} (s) to {run.image.sibling('.json').name}, or "
+        f"pass {flags}.",
+        run.image.path,
+        fields[0],
+    )
+
+
+def _echo_time(run: RunImage, options: TimingOptions) -> Sourced | None:
+    """Echo time in s, None when nothing says."""
+    n = len(run.weighted)
+    found = None
+    if options.timing_file:
+        found = _timing_column("EchoTime", options.timing_file, n)
+    found = found or run.sidecars.find("EchoTime")
+    if found is None:
+        return None
+    values = tuple(per_volume(found, "EchoTime", n, options.assume_ms))
+    if len(set(values)) == 1:
+        values = values[:1]
+    return Sourced(values, "s", (found.file.label,))
+
+
+def _timing_column(field: str, path: Path, n: int) -> Found | None:
+    """A column of the timing file, in the order of the volumes."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+    except (OSError, ValueError) as error:
+        raise MetadataError(f"Timing file {path} cannot be read ({error}).", path) from None
+    if not rows or "volume" not in rows[0] or len(rows) != n:
+        raise MetadataError(
+            f"Timing file {path} must have the columns volume, SmallDelta, BigDelta (and EchoTime "
+            f"if it varies), separated by tabs, and a row for each of the {n} volumes; it has "
+            f"{len(rows)} rows{f' and the columns {list(rows[0])}' if rows else ''}.",
+            path,
+        )
+    if field not in rows[0]:
+        return None
+    number_of = {as_number(row["volume"]): as_number(row[field]) for row in rows}
+    first = min((v for v in number_of if v is not None), default=0)
+    if first not in (0, 1) or set(number_of) != {first + i for i in range(n)}:
+        raise MetadataError(
+            f"Timing file {path}: the column volume must count from 0 (or 1) to {n - 1} (or {n}).",
+            path,
+        )
+    column = [number_of[first + i] for i in range(n)]
+    return Found(column, BidsFile("raw", path.parent, path, {}, path.stem, path.suffix))

@@ -1,0 +1,246 @@
+"""What a signal model is: declared parameters, a signal, and optionally more that is closed form."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bids_gacelle.engine.scheme import DiffusionScheme, GradientEchoScheme, Scheme
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A publication to cite: citation key, formatted text, DOI."""
+
+    key: str
+    text: str
+    doi: str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A fitted parameter or a quantity derived from the fitted ones.
+
+    Attributes
+    ----------
+    name, unit, description
+        As in maps and tables; the unit in CMIXF spelling ("1/s", "um^2/ms", "ms", "1").
+    bounds
+        Limits of the fit, in the parameter's unit.
+    start
+        Box of the start dictionary, in the parameter's unit (unused for amplitudes, which are
+        projected, and for derived quantities).
+    prior
+        Mean and standard deviation of the "weak" prior in the solver's coordinate. Left out, it is
+        that of a uniform box with the centre and twice the width of the start box. None for
+        amplitudes.
+    window, colormap
+        Display window (None: from the data) and matplotlib colour map.
+    suffix
+        Official BIDS suffix of the map ("R2starmap"), or "".
+    coordinate
+        "linear", or "log" when the solver works on the logarithm.
+    amplitude
+        True for the one parameter that scales the whole signal: the data of a voxel are divided
+        by their own largest magnitude before the fit and this parameter is scaled back after it.
+    """
+
+    name: str
+    unit: str
+    description: str
+    bounds: tuple[float, float] = (-np.inf, np.inf)
+    start: tuple[float, float] | None = None
+    prior: tuple[float, float] | None = None
+    window: tuple[float, float] | None = None
+    colormap: str = "viridis"
+    suffix: str = ""
+    coordinate: Literal["linear", "log"] = "linear"
+    amplitude: bool = False
+
+    def __post_init__(self) -> None:
+        """Fill in the weak prior."""
+        if self.prior is None and self.start is not None and not self.amplitude:
+            low, high = (self.to_coordinate(value) for value in self.start)
+            prior = ((low + high) / 2, 2 * (high - low) / np.sqrt(12))
+            object.__setattr__(self, "prior", (float(prior[0]), float(prior[1])))
+
+    def to_coordinate(self, value: float) -> float:
+        """Return a value of the parameter in the solver's coordinate."""
+        return float(np.log(value)) if self.coordinate == "log" else float(value)
+
+
+class SignalModel(ABC):
+    """A forward model: parameters of a voxel to its measurements.
+
+    A subclass declares the class attributes below and gives `signal`. It may also give an analytic
+    `jacobian` (tested against forward mode), a closed-form `guess` to start from, and
+    `closed_form`, the estimate of the linear solver. One line in `models.MODELS` registers it.
+
+    Attributes
+    ----------
+    name, title, description, references
+        For file names, headings and methods text.
+    kind
+        "megre", "vfa" or "dwi": which images it needs.
+    bare_names
+        True when its map files need not name the model (official BIDS suffixes).
+    minimum_measurements
+        Smallest number of echoes, flip angles or shells.
+    voxel_inputs, input_defaults
+        Names of maps the signal depends on (such as b1), and the value when none is given.
+    options
+        Constructor options with their defaults.
+    starts
+        Number of starts the fit uses unless told otherwise.
+    parameters, derived
+        What is fitted, in order; what is computed from it.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    description: ClassVar[str]
+    references: ClassVar[tuple[Reference, ...]] = ()
+    kind: ClassVar[Literal["megre", "vfa", "dwi"]]
+    datatype: ClassVar[Literal["anat", "dwi"]]
+    bare_names: ClassVar[bool] = False
+    needs_diffusion_times: ClassVar[bool] = False
+    minimum_measurements: ClassVar[int] = 1
+    voxel_inputs: ClassVar[tuple[str, ...]] = ()
+    input_defaults: ClassVar[dict[str, float]] = {}
+    options: ClassVar[dict[str, Any]] = {}
+    required: ClassVar[tuple[str, ...]] = ()
+    starts: ClassVar[int] = 1
+    parameters: tuple[Parameter, ...]
+    derived: tuple[Parameter, ...] = ()
+
+    def __init__(self, scheme: Scheme, **options: Any) -> None:
+        expected = DiffusionScheme if self.kind == "dwi" else GradientEchoScheme
+        if not isinstance(scheme, expected):
+            raise ValueError(
+                f"{self.name} needs a {expected.__name__}, got {type(scheme).__name__}."
+            )
+        unknown = sorted(set(options) - set(self.options))
+        if unknown:
+            raise ValueError(
+                f"{self.name} has no option {unknown[0]!r}; it has {sorted(self.options) or 'none'}."
+            )
+        missing = [column for column in self.required if getattr(scheme, column) is None]
+        if missing:
+            raise ValueError(f"{self.name} needs {' and '.join(missing)} in its acquisition.")
+        if len(scheme) < self.minimum_measurements:
+            raise ValueError(
+                f"{self.name} needs at least {self.minimum_measurements} measurements "
+                f"(echoes, flip angles or shells), got {len(scheme)}."
+            )
+        self.scheme = scheme
+        self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the fitted parameters, in order."""
+        return tuple(p.name for p in self.parameters)
+
+    @property
+    def derived_names(self) -> tuple[str, ...]:
+        """Names of the derived quantities."""
+        return tuple(p.name for p in self.derived)
+
+    @property
+    def n_measurements(self) -> int:
+        """Length of the signal."""
+        return len(self.scheme)
+
+    @abstractmethod
+    def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
+        """Return the noise-free signal.
+
+        Parameters
+        ----------
+        params
+            One tensor per parameter, all of the same shape (...), in the units of `parameters`.
+        inputs
+            Voxel inputs of the same shape (...), by name; those left out take their default.
+
+        Returns
+        -------
+        Tensor of shape (measurements, ...).
+        """
+
+    def jacobian(
+        self, params: dict[str, Tensor], inputs: Inputs | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the signal (measurements, ...) and its derivatives (parameters, measurements, ...).
+
+        This default uses forward-mode differentiation, one pass per parameter.
+        """
+        values = tuple(params[name] for name in self.parameter_names)
+
+        def of_values(*values: Tensor) -> Tensor:
+            return self.signal(dict(zip(self.parameter_names, values, strict=True)), inputs)
+
+        zeros = [torch.zeros_like(v) for v in values]
+        columns = []
+        for i, value in enumerate(values):
+            tangents = (*zeros[:i], torch.ones_like(value), *zeros[i + 1 :])
+            signal, column = torch.func.jvp(of_values, values, tangents)
+            columns.append(column)
+        return signal, torch.stack(columns)
+
+    def derive(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the derived quantities, by name, of the shape of the parameters."""
+        return {}
+
+    def guess(self, data: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor] | None:
+        """Return a closed-form start from data (measurements, voxels), or None.
+
+        Amplitudes need not be given; voxels without a valid guess hold NaN.
+        """
+        return None
+
+    def closed_form(self, data: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
+        """Return the model's linear estimate from data (measurements, voxels).
+
+        Raises
+        ------
+        ValueError
+            The model has none, or the acquisition does not allow it.
+        """
+        raise ValueError(
+            f"{self.name} has no closed-form estimate: use another solver than 'linear'."
+        )
+
+    def table(self, name: str, values: NDArray[np.float64], like: Tensor) -> Tensor:
+        """Return a constant in the precision, on the device and with the trailing axes of `like`.
+
+        Parameters
+        ----------
+        name
+            Key of the cache; one name always stands for the same values.
+        values
+            Array of any shape (...).
+        like
+            A parameter tensor of shape (voxel axes).
+
+        Returns
+        -------
+        Tensor of shape (..., 1, 1) with one trailing 1 for each axis of `like`.
+        """
+        key = (name, like.dtype, like.device)
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(values, dtype=like.dtype, device=like.device)
+        constant = self._tables[key]
+        return constant.reshape(constant.shape + (1,) * like.ndim)
+
+    def voxel_input(self, name: str, inputs: Inputs | None, like: Tensor) -> Tensor:
+        """Return a voxel input, or its default as a tensor that broadcasts."""
+        if inputs is not None and name in inputs:
+            return inputs[name]
+        return torch.full_like(like, self.input_defaults[name])

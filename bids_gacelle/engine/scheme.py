@@ -1,0 +1,164 @@
+"""Acquisitions as data: what was measured, in fixed units, with nothing about files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+
+
+def _column(name: str, unit: str, values: ArrayLike) -> FloatArray:
+    """Return `values` as a read-only vector of finite positive numbers."""
+    array = np.atleast_1d(np.array(values, dtype=np.float64))
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"{name} must be a list of numbers in {unit}, got shape {array.shape}.")
+    good = np.isfinite(array) & (array > 0)
+    if not good.all():
+        raise ValueError(
+            f"{name} holds {array[~good][0]}; every value must be a finite positive number "
+            f"in {unit}."
+        )
+    return array
+
+
+def _equal_length(columns: dict[str, FloatArray | None]) -> dict[str, FloatArray | None]:
+    """Broadcast single values to the common length; raise ValueError when lengths differ."""
+    lengths = {name: column.size for name, column in columns.items() if column is not None}
+    if not lengths:
+        raise ValueError(f"The acquisition is empty: give at least one of {', '.join(columns)}.")
+    n = max(lengths.values())
+    wrong = {name: size for name, size in lengths.items() if size not in (1, n)}
+    if wrong:
+        listed = ", ".join(f"{name} has {size}" for name, size in lengths.items())
+        raise ValueError(f"The columns of the acquisition differ in length: {listed}.")
+    out: dict[str, FloatArray | None] = {}
+    for name, column in columns.items():
+        if column is not None:
+            column = np.broadcast_to(column, (n,)).copy()
+            column.setflags(write=False)
+        out[name] = column
+    return out
+
+
+class _Scheme:
+    """Columns of equal length, one entry per measurement; read-only."""
+
+    _names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Return the number of entries."""
+        return next(len(c) for c in self.columns().values() if c is not None)
+
+    def __repr__(self) -> str:
+        """Return the constructor call that makes this scheme."""
+        given = {k: v.tolist() for k, v in self.columns().items() if v is not None}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in given.items())})"
+
+    def columns(self) -> dict[str, FloatArray | None]:
+        """Return all columns by name, None for those that were not given."""
+        return {name: getattr(self, name) for name in self._names}
+
+
+class DiffusionScheme(_Scheme):
+    """Diffusion weightings of the non-zero shells, one entry per shell.
+
+    Parameters
+    ----------
+    b
+        b-values in ms/um^2 (s/mm^2 divided by 1000).
+    big_delta, small_delta
+        Gradient separation and duration in ms; None for models that need no timing.
+    echo_time
+        Echo time in s, or None.
+    n_directions
+        Number of gradient directions averaged in each shell, or None.
+
+    Raises
+    ------
+    ValueError
+        A value is not positive and finite, the lengths differ, or a pulse lasts longer than the
+        separation of the two.
+    """
+
+    _names = ("b", "big_delta", "small_delta", "echo_time", "n_directions")
+
+    def __init__(
+        self,
+        b: ArrayLike,
+        big_delta: ArrayLike | None = None,
+        small_delta: ArrayLike | None = None,
+        echo_time: ArrayLike | None = None,
+        n_directions: ArrayLike | Sequence[int] | None = None,
+    ) -> None:
+        given: dict[str, tuple[Any, str]] = {
+            "b": (b, "ms/um^2"),
+            "big_delta": (big_delta, "ms"),
+            "small_delta": (small_delta, "ms"),
+            "echo_time": (echo_time, "s"),
+            "n_directions": (n_directions, "directions"),
+        }
+        columns = _equal_length(
+            {k: None if v is None else _column(k, unit, v) for k, (v, unit) in given.items()}
+        )
+        self.b: FloatArray = columns["b"]  # type: ignore[assignment]
+        self.big_delta = columns["big_delta"]
+        self.small_delta = columns["small_delta"]
+        self.echo_time = columns["echo_time"]
+        self.n_directions = columns["n_directions"]
+        if self.big_delta is not None and self.small_delta is not None:
+            late = self.small_delta > self.big_delta
+            if late.any():
+                raise ValueError(
+                    f"small_delta {self.small_delta[late][0]} ms is longer than big_delta "
+                    f"{self.big_delta[late][0]} ms; the pulse duration cannot exceed the separation."
+                )
+
+
+class GradientEchoScheme(_Scheme):
+    """Echo times, flip angles and repetition times of gradient-echo images, one entry per image.
+
+    Parameters
+    ----------
+    echo_time
+        Echo times in s, or None.
+    flip_angle
+        Nominal flip angles in degrees, or None.
+    repetition_time
+        Repetition times (excitation to excitation) in s, or None.
+
+    Notes
+    -----
+    A single value stands for all measurements.
+
+    Raises
+    ------
+    ValueError
+        A value is not positive and finite, or the lengths differ.
+    """
+
+    _names = ("echo_time", "flip_angle", "repetition_time")
+
+    def __init__(
+        self,
+        echo_time: ArrayLike | None = None,
+        flip_angle: ArrayLike | None = None,
+        repetition_time: ArrayLike | None = None,
+    ) -> None:
+        given: dict[str, tuple[Any, str]] = {
+            "echo_time": (echo_time, "s"),
+            "flip_angle": (flip_angle, "degrees"),
+            "repetition_time": (repetition_time, "s"),
+        }
+        columns = _equal_length(
+            {k: None if v is None else _column(k, unit, v) for k, (v, unit) in given.items()}
+        )
+        self.echo_time = columns["echo_time"]
+        self.flip_angle = columns["flip_angle"]
+        self.repetition_time = columns["repetition_time"]
+
+
+Scheme = DiffusionScheme | GradientEchoScheme

@@ -1,0 +1,94 @@
+"""What every node shares: settings in, a failure record out, one log for all processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from pathlib import Path
+from typing import Any
+
+from nipype.interfaces.base import BaseInterfaceInputSpec, SimpleInterface, traits
+
+from bids_gacelle.errors import InputError
+from bids_gacelle.settings import Settings
+
+LOGGER = logging.getLogger("bids_gacelle")
+
+
+class StepInputSpec(BaseInterfaceInputSpec):  # type: ignore[misc]
+    """Inputs of every node."""
+
+    settings = traits.Dict(mandatory=True, desc="the run's settings, as Settings.to_dict gives")
+    run = traits.Dict(mandatory=True, desc="log_file, log_level, failures (folder), version")
+    series = traits.Dict(mandatory=True, desc="a bids.series.Series as JSON data")
+
+
+class Step(SimpleInterface):  # type: ignore[misc]
+    """A node whose failure is written down where the parent process finds it.
+
+    Subclasses implement ``work(settings, cwd) -> dict`` of outputs.
+    """
+
+    def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
+        """Do the step in the folder ``cwd`` and return the values of the output traits."""
+        raise NotImplementedError
+
+    def _run_interface(self, runtime: Any) -> Any:
+        run = self.inputs.run
+        start_logging(run)
+        settings = Settings.from_dict(self.inputs.settings)
+        try:
+            self._results.update(self.work(settings, Path(runtime.cwd)))
+        except Exception as error:
+            self._record_failure(error)
+            raise
+        return runtime
+
+    def _record_failure(self, error: Exception) -> None:
+        expected = isinstance(error, InputError)
+        series, model = self.inputs.series, getattr(self.inputs, "model", "")
+        record = {
+            "step": type(self).__name__,
+            "subject": series["subject"],
+            "session": series["session"],
+            "series": series_label(series),
+            "model": model if isinstance(model, str) else "",
+            "expected": expected,
+            "message": str(error) if expected else f"{type(error).__name__}: {error}",
+            "traceback": "" if expected else traceback.format_exc(),
+        }
+        name = "_".join(str(record[k]) for k in ("step", "subject", "session", "series", "model"))
+        path = Path(self.inputs.run["failures"]) / (name.replace(" ", "-") + ".json")
+        try:
+            path.write_text(json.dumps(record))
+        except OSError:  # a full disk must not hide the failure itself
+            LOGGER.error("%s", record["message"])
+
+
+def series_label(series: dict[str, Any]) -> str:
+    """`Series.label` of a series in JSON form."""
+    from bids_gacelle.bids.series import series_from_json
+
+    return series_from_json(series).label
+
+
+def start_logging(run: dict[str, Any]) -> None:
+    """Send our messages to the terminal and the run's log file, once per process.
+
+    Nipype's own messages, tracebacks of nodes among them, go to the file only.
+    """
+    if LOGGER.handlers:
+        return
+    line = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    file = logging.FileHandler(run["log_file"], delay=True)
+    screen = logging.StreamHandler()
+    for handler in (file, screen):
+        handler.setFormatter(line)
+        LOGGER.addHandler(handler)
+    LOGGER.setLevel(run["log_level"])
+    LOGGER.propagate = False
+    for name in ("nipype", "nipype.workflow", "nipype.interface", "nipype.utils"):
+        other = logging.getLogger(name)
+        other.handlers = [file]
+        other.propagate = False

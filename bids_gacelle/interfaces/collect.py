@@ -1,0 +1,112 @@
+"""Nodes that read images: the volumes of a series, and its mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nipype.interfaces.base import TraitedSpec, traits
+
+from bids_gacelle.bids.series import Series, series_from_json
+from bids_gacelle.errors import InputError
+from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
+from bids_gacelle.settings import Settings
+from bids_gacelle.spatial.grids import load_volumes
+from bids_gacelle.spatial.masks import load_mask, quick_mask
+from bids_gacelle.spatial.motion import displacement_warnings
+
+
+class _CollectOutputSpec(TraitedSpec):  # type: ignore[misc]
+    collected = traits.Dict(desc="volumes, reference (paths), reference_label, warnings")
+
+
+class Collect(Step):
+    """Read every image of a series, whole, so that a damaged file is found before any fit."""
+
+    input_spec = StepInputSpec
+    output_spec = _CollectOutputSpec
+
+    def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
+        """Store the volumes (n, x, y, z) as float32, and the image that shows the anatomy."""
+        series = series_from_json(self.inputs.series)
+        paths = [Path(p) for p in series.images] or [Path(r.image) for r in series.dwi_runs]
+        volumes, image = load_volumes(paths)
+        label, compared = _anatomy(series, volumes, settings.b0_threshold)
+        nib.save(nib.Nifti1Image(compared[0], image.affine, image.header), cwd / "reference.nii.gz")
+        np.save(cwd / "volumes.npy", volumes)
+        warnings = displacement_warnings(compared, image.header.get_zooms()[:3])
+        for warning in warnings:
+            LOGGER.warning("sub-%s %s: %s", series.subject, series.label, warning)
+        return {
+            "collected": {
+                "volumes": str(cwd / "volumes.npy"),
+                "reference": str(cwd / "reference.nii.gz"),
+                "reference_label": label,
+                "warnings": list(warnings),
+            }
+        }
+
+
+class _MaskInputSpec(StepInputSpec):
+    collected = traits.Dict(mandatory=True)
+
+
+class _MaskOutputSpec(TraitedSpec):  # type: ignore[misc]
+    mask = traits.Dict(desc="file (npy), origin, sources, n_voxels")
+
+
+class MakeMask(Step):
+    """Decide which voxels are fitted."""
+
+    input_spec = _MaskInputSpec
+    output_spec = _MaskOutputSpec
+
+    def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
+        """Intersect the given masks, or make a quick one, and drop voxels without signal."""
+        series = series_from_json(self.inputs.series)
+        reference = nib.load(self.inputs.collected["reference"])
+        signal = np.asarray(reference.dataobj, dtype=np.float32)
+        if series.mask.images:
+            mask = np.logical_and.reduce([load_mask(Path(p), reference) for p in series.mask.images])
+        else:
+            mask = quick_mask(signal)
+            LOGGER.warning(
+                "sub-%s %s: no mask given; a quick one was made from the signal. Look at it in the "
+                "report, or give one with --mask or --derivatives.",
+                series.subject,
+                series.label,
+            )
+        mask &= np.isfinite(signal) & (signal > 0)
+        if not mask.any():
+            where = ", ".join(series.mask.images) or "made from the signal"
+            raise InputError(
+                f"sub-{series.subject} {series.label}: the mask ({where}) holds no voxel with "
+                "signal. Check that it is not empty and belongs to these images, or give another "
+                "with --mask."
+            )
+        np.save(cwd / "mask.npy", mask)
+        return {
+            "mask": {
+                "file": str(cwd / "mask.npy"),
+                "origin": series.mask.origin,
+                "sources": list(series.mask.images),
+                "n_voxels": int(mask.sum()),
+            }
+        }
+
+
+def _anatomy(
+    series: Series, volumes: np.ndarray, b0_threshold: float
+) -> tuple[str, list[np.ndarray]]:
+    """Images that must show the same anatomy at the same place; the first one is the reference."""
+    if series.kind == "dwi":
+        bvals = [np.loadtxt(run.bval).ravel() for run in series.dwi_runs]
+        parts = np.split(volumes, np.cumsum([len(b) for b in bvals])[:-1])
+        means = [v[b <= b0_threshold].mean(0) for v, b in zip(parts, bvals, strict=True)]
+        return "mean b0", means
+    if series.kind == "megre":
+        return "first echo", list(volumes)
+    # the largest flip angle is the most T1-weighted: the best picture to judge a mask on
+    return "largest flip angle", list(volumes[::-1])

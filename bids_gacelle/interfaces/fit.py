@@ -1,0 +1,175 @@
+"""Node that fits one model to the signals of one series."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nipype.interfaces.base import TraitedSpec, traits
+
+from bids_gacelle.bids.series import series_from_json
+from bids_gacelle.engine import FitResult, fit, get_model
+from bids_gacelle.errors import InputError
+from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
+from bids_gacelle.interfaces.models import split_options
+from bids_gacelle.interfaces.plots import example_voxels, plot_axes
+from bids_gacelle.interfaces.prepare import scheme_from_json
+from bids_gacelle.settings import Settings
+
+PILOT_VOXELS = 1024
+"""Voxels timed beforehand to say how long the fit will take."""
+
+
+class _FitInputSpec(StepInputSpec):
+    model = traits.Str(mandatory=True)
+    mask = traits.Dict(mandatory=True)
+    prepared = traits.Dict(mandatory=True)
+    use_gpu = traits.Bool(False, usedefault=True, desc="tells Nipype that this node takes a GPU")
+
+
+class _FitOutputSpec(TraitedSpec):  # type: ignore[misc]
+    fitted = traits.Dict(desc="file (npz), settings, examples, plot")
+
+
+class FitModel(Step):
+    """Call the engine on one model and keep its maps as arrays over the voxels of the mask."""
+
+    input_spec = _FitInputSpec
+    output_spec = _FitOutputSpec
+
+    def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
+        """Fit, and pick the example voxels of the report."""
+        torch.set_num_threads(settings.omp_nthreads)
+        name, prepared = self.inputs.model, self.inputs.prepared
+        series = series_from_json(self.inputs.series)
+        title = f"sub-{series.subject} {series.label} {name}".replace("  ", " ")
+        try:
+            model, data = build_model(name, settings, prepared)
+            call = _fit_call(model, settings, prepared)
+            _announce(title, call, data)
+            result = call(data, slice(None), _progress(title))
+        except ValueError as error:
+            raise InputError(f"{title}: {error}") from error
+        _log_outcome(title, result)
+        np.savez(
+            cwd / "fit.npz",
+            flags=result.flags,
+            nrmse=result.nrmse,
+            **{f"map_{k}": v for k, v in result.maps.items()},
+            **{f"std_{k}": v for k, v in result.std.items()},
+        )
+        inputs = {k: np.load(v) for k, v in prepared["inputs"].items()}
+        mask = np.load(self.inputs.mask["file"])
+        return {
+            "fitted": {
+                "file": str(cwd / "fit.npz"),
+                "settings": result.settings,
+                "plot": plot_axes(model),
+                "examples": example_voxels(model, data, inputs, result, mask),
+            }
+        }
+
+
+def build_model(name: str, settings: Settings, prepared: dict[str, Any]) -> tuple[Any, np.ndarray]:
+    """The model for the prepared scheme, and the rows of the signals that it describes."""
+    own, _ = split_options(name, settings.model_options.get(name, {}))
+    model = get_model(name)(scheme_from_json(prepared["scheme"]), **own)
+    # Rotational invariants follow each other by order, so a model of a lower l_max takes the first.
+    return model, np.load(prepared["signals"], mmap_mode="r")[: model.n_measurements]
+
+
+def _fit_call(
+    model: Any, settings: Settings, prepared: dict[str, Any]
+) -> Callable[[np.ndarray, slice, Any], FitResult]:
+    _, options = split_options(model.name, settings.model_options.get(model.name, {}))
+    sigma = np.load(prepared["sigma"], mmap_mode="r") if prepared["sigma"] else None
+    inputs = {k: np.load(v) for k, v in prepared["inputs"].items() if k in model.voxel_inputs}
+
+    def call(data: np.ndarray, voxels: slice, progress: Any) -> FitResult:
+        return fit(
+            model,
+            data[:, voxels],
+            sigma=None if sigma is None else sigma[: len(data), voxels],
+            inputs={k: v[voxels] for k, v in inputs.items()},
+            solver=settings.solver,
+            noise=settings.noise,
+            prior=settings.prior,
+            device=settings.device,
+            precision=settings.precision,
+            seed=settings.random_seed,
+            progress=progress,
+            **options,
+        )
+
+    return call
+
+
+def _announce(title: str, call: Callable[..., FitResult], data: np.ndarray) -> None:
+    """Say how long a large fit will take and what memory it needs, from a small pilot fit."""
+    n = data.shape[1]
+    if n < 20 * PILOT_VOXELS:
+        return
+    voxels = slice(0, n, n // PILOT_VOXELS)
+    call(data, voxels, None)  # warms up
+    start = time.perf_counter()
+    call(data, voxels, None)
+    seconds = (time.perf_counter() - start) * n / len(range(*voxels.indices(n)))
+    gigabytes = data.nbytes * 3 / 1e9 + 0.5
+    LOGGER.info(
+        "%s: %s voxels, about %s and %.1f GB of memory.",
+        title,
+        f"{n:,}",
+        f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min",
+        gigabytes,
+    )
+
+
+def _progress(title: str) -> Callable[[int, int], None]:
+    """A bar on a terminal, else a line for every 10 %."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        bar = tqdm(desc=title, unit="voxel", leave=False)
+
+        def draw(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            if done >= total:
+                bar.close()
+
+        return draw
+    reported = 0
+
+    def line(done: int, total: int) -> None:
+        nonlocal reported
+        tenth = math.floor(10 * done / max(total, 1))
+        if total >= 20 * PILOT_VOXELS and tenth > reported:
+            reported = tenth
+            LOGGER.info("%s: %d %% of %s voxels", title, 10 * tenth, f"{total:,}")
+
+    return line
+
+
+def _log_outcome(title: str, result: FitResult) -> None:
+    done = result.settings
+    LOGGER.info(
+        "%s: %s voxels in %.1f s on %s",
+        title,
+        f"{done['n_voxels']:,}",
+        done["seconds"],
+        done["device"],
+    )
+    for parameter, share in done["at_bound"].items():
+        if share > 0.2:
+            LOGGER.warning(
+                "%s: %s is at a bound in %.0f %% of the voxels, where it has no uncertainty.",
+                title,
+                parameter,
+                100 * share,
+            )

@@ -1,0 +1,91 @@
+"""The engine's models as the other layers need to know them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from bids_gacelle.bids.discovery import ModelNeeds
+from bids_gacelle.engine import get_model, list_models
+from bids_gacelle.errors import InputError
+
+FIT_OPTIONS = ("starts",)
+"""Options of ``--set`` that go to the solver instead of the model."""
+
+
+def select_models(names: Iterable[str]) -> tuple[str, ...]:
+    """The models to fit: those named, or all.
+
+    Raises
+    ------
+    InputError
+        A name is not a model.
+    """
+    known = list_models()
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise InputError(f"Unknown model '{name}'.{hint} Models: {', '.join(known)}.")
+    return tuple(names) or tuple(known)
+
+
+def split_options(
+    model: str, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the model's constructor, and options of `engine.fit`.
+
+    Raises
+    ------
+    InputError
+        The model has no such option.
+    """
+    known = get_model(model).options
+    for name in options:
+        if name not in known and name not in FIT_OPTIONS:
+            have = ", ".join([*known, *FIT_OPTIONS])
+            raise InputError(f"--set {model}.{name}: {model} has no such option. It has: {have}.")
+    own = {k: v for k, v in options.items() if k in known}
+    return own, {k: v for k, v in options.items() if k in FIT_OPTIONS}
+
+
+def check_options(models: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse ``--set`` for models that are not there or options they do not have."""
+    for model, values in options.items():
+        select_models([model])
+        split_options(model, values)
+        if model not in models:
+            raise InputError(f"--set {model}: {model} is not among the models to fit.")
+
+
+def needs_of(name: str) -> ModelNeeds:
+    """What discovery must find for a model."""
+    model = get_model(name)
+    return ModelNeeds(
+        name=name,
+        kind=model.kind,
+        needs_diffusion_times=model.needs_diffusion_times,
+        minimum_measurements=model.minimum_measurements,
+    )
+
+
+def describe_models() -> str:
+    """The table that ``--list-models`` prints."""
+    lines = []
+    for name in list_models():
+        model = get_model(name)
+        parameters = ", ".join(f"{p.name} [{p.unit}]" for p in (*model.parameters, *model.derived))
+        needs = f"{model.kind}, at least {model.minimum_measurements} " + (
+            {"megre": "echoes", "vfa": "flip angles", "dwi": "shells"}[model.kind]
+        )
+        if model.needs_diffusion_times:
+            needs += " with known pulse duration and separation"
+        options = ", ".join(f"{k}={v}" for k, v in model.options.items()) or "none"
+        lines += [
+            f"{name}: {model.title}",
+            f"    needs    {needs}",
+            f"    maps     {parameters}",
+            f"    options  {options}",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,303 @@
+"""Signal preparation of dwi against real scans, reference vectors, DIPY and simulation."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.special import eval_legendre
+
+from bids_gacelle.engine import prepare
+from bids_gacelle.engine.prepare import DwiVolumes, prepare_dwi, real_sh, sh_fit_matrix
+
+
+def even_directions(n: int, seed: int = 0) -> np.ndarray:
+    """Directions spread by electrostatic repulsion of antipodal pairs."""
+    g = np.random.default_rng(seed).normal(size=(n, 3))
+    g /= np.linalg.norm(g, axis=1)[:, None]
+    for _ in range(300):
+        force = np.zeros_like(g)
+        for sign in (1, -1):
+            difference = g[:, None] - sign * g[None]
+            distance = np.linalg.norm(difference, axis=2) + np.eye(n) * 1e9
+            force += (difference / distance[..., None] ** 3).sum(axis=1)
+        g += 0.3 / n * force / np.abs(force).max()
+        g /= np.linalg.norm(g, axis=1)[:, None]
+    return g
+
+
+def stick(b: float, directions: np.ndarray, axis: np.ndarray, d: float = 1.7) -> np.ndarray:
+    return np.exp(-b * d * (directions @ axis) ** 2)
+
+
+def stick_invariant(b: float, degree: int, d: float = 1.7) -> float:
+    """|int_0^1 exp(-b d x^2) P_l(x) dx|, the S_l of one stick, by dense quadrature."""
+    x, w = np.polynomial.legendre.leggauss(200)
+    return abs(0.5 * np.sum(w * np.exp(-b * d * x**2) * eval_legendre(degree, x)))
+
+
+def volumes(shells, n_b0=6, noise=0.0, voxels=1, seed=1, scale=100.0, **timing) -> DwiVolumes:
+    """A run of sticks along one axis; ``shells`` is a list of (b s/mm^2, directions)."""
+    rng = np.random.default_rng(seed)
+    axis = np.array([0.6, 0.48, 0.64])
+    bval = np.concatenate([np.zeros(n_b0)] + [np.full(len(g), b) for b, g in shells])
+    bvec = np.concatenate([np.zeros((n_b0, 3))] + [g for _, g in shells])
+    signal = np.concatenate([np.ones(n_b0)] + [stick(b / 1e3, g, axis) for b, g in shells])
+    signal = signal[:, None] + noise * rng.normal(size=(len(bval), voxels))
+    return DwiVolumes((scale * signal).astype(np.float32), bval, bvec, **timing)
+
+
+def test_basis_is_dipys():
+    shm = pytest.importorskip("dipy.reconst.shm")
+    g = even_directions(25)
+    theta, phi = np.arccos(g[:, 2]), np.arctan2(g[:, 1], g[:, 0])
+    expected = shm.real_sh_descoteaux(8, theta, phi, legacy=False)[0]
+    np.testing.assert_allclose(real_sh(g, 8), expected, atol=1e-12)
+
+
+def test_basis_at_the_poles():
+    basis = real_sh([[0, 0, 1], [0, 0, -1]], 4)
+    expected = np.zeros(15)
+    expected[[0, 3, 10]] = np.sqrt(np.array([1, 5, 9]) / (4 * np.pi))
+    np.testing.assert_allclose(basis, [expected, expected], atol=1e-15)
+
+
+def test_reference_invariants(shared):
+    """Upstream: order-2 least squares for S_0 and S_2, plain mean for l_max = 0."""
+    reference = json.loads((shared / "reference" / "rotinv.json").read_text())
+    b, g = np.array(reference["b"]), np.array(reference["bvec"])
+    dwi = np.array(reference["dwi"])
+    dwi = (dwi if dwi.shape[0] == len(b) else dwi.T).astype(np.float32)
+    run = DwiVolumes(dwi, 1e3 * b, g)
+    plain = prepare_dwi([run], powder="mean")
+    np.testing.assert_allclose(plain.scheme.b, [1.0, 2.5])
+    np.testing.assert_allclose(plain.signals.T, reference["lmax0_output"], atol=2e-7)
+
+    expected = np.array(reference["lmax2_output"]).T
+    for i, shell in enumerate((1.0, 2.5)):
+        x = dwi[b == shell] / dwi[b == 0].mean(axis=0)
+        fit = sh_fit_matrix(g[b == shell], 2) @ x
+        np.testing.assert_allclose(np.abs(fit[0]) / np.sqrt(4 * np.pi), expected[i], atol=1e-6)
+        s2 = np.sqrt(np.sum(fit[1:] ** 2, axis=0)) / np.sqrt(4 * np.pi * 5)
+        np.testing.assert_allclose(s2, expected[2 + i], atol=1e-6)
+
+
+def _load_run(root, name):
+    nibabel = pytest.importorskip("nibabel")
+    stem = root / "sub-01" / "dwi" / f"sub-01_acq-{name}_dwi"
+    mask_file = f"derivatives/masks/sub-01/dwi/sub-01_acq-{name}_desc-brain_mask.nii.gz"
+    mask = np.asarray(nibabel.load(root / mask_file).dataobj) > 0
+    data = nibabel.load(f"{stem}.nii.gz").get_fdata(dtype=np.float32)[mask].T
+    bval, bvec = np.loadtxt(f"{stem}.bval"), np.loadtxt(f"{stem}.bvec").T
+    sidecar = json.loads(stem.with_name(stem.name + ".json").read_text())
+    times = {"big_delta": 1e3 * sidecar["LargeDelta"], "small_delta": 1e3 * sidecar["SmallDelta"]}
+    times["echo_time"] = sidecar["EchoTime"]
+    return DwiVolumes(data, bval, bvec, **{k: np.full(len(bval), v) for k, v in times.items()})
+
+
+def test_powder_averages_of_a_brain(shared):
+    root = shared / "data" / "dwi_brain_mdt"
+    b2k, b6k = (prepare_dwi([_load_run(root, name)]) for name in ("b2k", "b6k"))
+    np.testing.assert_allclose(
+        np.median(b2k.signals[:, b2k.usable], axis=1), [0.46, 0.26], atol=0.005
+    )
+    np.testing.assert_allclose(b6k.scheme.b, [0.75, 1.5, 2.25, 3, 3.75, 4.5, 5.2, 6])
+    np.testing.assert_array_equal(b6k.scheme.n_directions, [3, 6, 9, 12, 15, 18, 21, 24])
+    medians = np.median(b6k.signals[:, b6k.usable], axis=1)
+    np.testing.assert_allclose(medians[:4], [0.53, 0.33, 0.22, 0.16], atol=0.005)
+    assert abs(medians[-1] - 0.078) < 0.005
+    for prepared in (b2k, b6k):
+        assert prepared.usable.mean() > 0.99
+
+
+def test_two_runs_are_joined_each_by_its_own_b0():
+    g = even_directions(30)
+    first = volumes([(1000, g), (2000, g)], scale=100, voxels=4)
+    second = volumes([(1000, g)], scale=37, voxels=4)
+    timed = [
+        DwiVolumes(
+            run.signal,
+            run.bval,
+            run.bvec,
+            big_delta=np.full(len(run.bval), big),
+            small_delta=np.full(len(run.bval), 8.0),
+            echo_time=np.full(len(run.bval), te),
+        )
+        for run, big, te in ((first, 26.5, 0.06), (second, 42.0, 0.091))
+    ]
+    prepared = prepare_dwi(timed)
+    np.testing.assert_allclose(prepared.scheme.big_delta, [26.5, 26.5, 42.0])
+    np.testing.assert_allclose(prepared.scheme.echo_time, [0.06, 0.06, 0.091])
+    np.testing.assert_allclose(prepared.signals[0], prepared.signals[2], atol=1e-6)
+    np.testing.assert_allclose(prepared.b0, 100, rtol=1e-6)
+    # timing that only one run states is no timing of the scheme
+    assert prepare_dwi([first, timed[1]]).scheme.big_delta is None
+
+
+def test_shells_by_tolerance():
+    """Jittered b, b0 = 5, two echo times and two diffusion times in one run."""
+    g = even_directions(20)
+    rng = np.random.default_rng(3)
+    blocks = [
+        (b, te, big) for b in (1000, 1150) for te, big in ((0.06, 20), (0.09, 20.02), (0.06, 40))
+    ]
+    n_b0 = 5
+    bval, te, big, bvec, signal = [], [], [], [], []
+    for time, level in ((0.06, 200.0), (0.09, 50.0)):
+        bval += [5.0] * n_b0
+        te, big, bvec = te + [time] * n_b0, big + [0.0] * n_b0, bvec + [np.zeros(3)] * n_b0
+        signal += [level] * n_b0
+    for b, time, delta in blocks:
+        bval += list(b + rng.choice([-5, 0, 5], size=20))
+        te, big, bvec = te + [time] * 20, big + [delta] * 20, bvec + list(g)
+        signal += [0.5 * (200.0 if time == 0.06 else 50.0) + (10 if b > 1100 else 0)] * 20
+    order = rng.permutation(len(bval))
+    arrays = [np.array(a, dtype=float)[order] for a in (signal, bval, bvec, big, te)]
+    run = DwiVolumes(
+        arrays[0][:, None].astype(np.float32),
+        arrays[1],
+        arrays[2],
+        big_delta=arrays[3],
+        small_delta=np.full(len(bval), 6.0),
+        echo_time=arrays[4],
+    )
+    prepared = prepare_dwi([run])
+    scheme = prepared.scheme
+    np.testing.assert_allclose(scheme.b, np.tile([1.0, 1.15], 3), atol=0.003)
+    np.testing.assert_allclose(scheme.echo_time, [0.06] * 4 + [0.09] * 2)
+    np.testing.assert_allclose(scheme.big_delta, [20, 20, 40, 40, 20.02, 20.02])
+    np.testing.assert_array_equal(scheme.n_directions, 20)
+    expected = [0.5, 0.55, 0.5, 0.55, 0.5, 0.7]
+    np.testing.assert_allclose(prepared.signals[:, 0], expected, rtol=1e-6)
+    assert prepared.b0[0] == 200
+
+
+@pytest.mark.parametrize("n", [30, 64])
+def test_invariants_of_a_stick(n):
+    g = even_directions(n)
+    prepared = prepare_dwi([volumes([(1000, g), (3000, g)])], l_max=2)
+    expected = [stick_invariant(b, degree) for degree in (0, 2) for b in (1, 3)]
+    np.testing.assert_allclose(prepared.signals[:, 0], expected, atol=0.006)
+
+
+def test_uneven_directions_are_averaged_by_spherical_harmonics():
+    """A crowd of directions around one pole must not decide the average."""
+    crowd = np.array([0, 0, 1]) + 0.3 * np.random.default_rng(5).normal(size=(25, 3))
+    g = np.vstack([even_directions(30), crowd / np.linalg.norm(crowd, axis=1)[:, None]])
+    truth = stick_invariant(2.0, 0)
+    run = volumes([(2000, g)])
+    chosen, plain = prepare_dwi([run]), prepare_dwi([run], powder="mean")
+    assert abs(plain.signals[0, 0] - truth) > 0.03
+    assert abs(chosen.signals[0, 0] - truth) < 0.005
+    assert any("uneven" in w for w in chosen.warnings)
+    even = prepare_dwi([volumes([(2000, even_directions(30))])])
+    assert not even.warnings
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_noise_is_recovered_and_propagated(uneven):
+    """Against the scatter of 20,000 noisy copies of one voxel."""
+    noise, voxels = 0.03, 20_000
+    g = even_directions(40)
+    if uneven:
+        g = np.vstack([g, g[g[:, 2] > 0.8], g[g[:, 2] > 0.8]])
+    run = volumes([(1000, g), (2500, even_directions(60))], n_b0=4, noise=noise, voxels=voxels)
+    prepared = prepare_dwi([run], l_max=2)
+    assert any("averaged by spherical" in w for w in prepared.warnings) == uneven
+    scatter = prepared.signals.std(axis=1, dtype=np.float64)
+    np.testing.assert_allclose(np.median(prepared.sigma, axis=1), scatter, rtol=0.1)
+    # undo the propagation of S_0 of the even shell: the noise of one volume
+    s0, n = prepared.signals[1], prepared.scheme.n_directions[1]
+    sigma = prepared.sigma[1] / np.sqrt(1 / n + s0**2 / 4)
+    assert abs(np.median(sigma) / noise - 1) < 0.1
+
+
+def test_noise_needs_degrees_of_freedom():
+    run = volumes([(1000, even_directions(9))], n_b0=3, noise=0.02, voxels=5)
+    prepared = prepare_dwi([run])
+    assert prepared.sigma is None
+    assert any("noise not estimated" in w for w in prepared.warnings)
+    assert any("fewer than 12" in w for w in prepared.warnings)
+    more = volumes([(1000, even_directions(9))], n_b0=9, noise=0.02, voxels=5)
+    assert prepare_dwi([more]).sigma is not None
+
+
+def test_repeated_directions_give_the_noise():
+    """Six directions five times: no SH fit of order 4, but repeats."""
+    g = np.tile(even_directions(6), (5, 1))
+    run = volumes([(1000, g)], n_b0=1, noise=0.05, voxels=2000)
+    prepared = prepare_dwi([run])
+    sigma = prepared.sigma[0] / np.sqrt(1 / 30 + prepared.signals[0] ** 2)
+    assert abs(np.sqrt(np.mean(sigma**2)) / 0.05 - 1) < 0.1
+
+
+def test_no_noise_gives_finite_weights():
+    prepared = prepare_dwi([volumes([(1000, even_directions(30))])], l_max=2)
+    assert np.all(prepared.sigma > 0)
+
+
+def test_usable_is_judged_on_averages():
+    run = volumes([(3000, even_directions(30))], voxels=6)
+    run.signal[10, 1] = -3.0  # one negative sample
+    run.signal[0, 2] = -1.0  # one negative b=0 sample
+    run.signal[12, 3] = np.nan
+    run.signal[:6, 4] = 0.0
+    run.signal[:6, 5] = -2.0
+    prepared = prepare_dwi([run], l_max=2)
+    np.testing.assert_array_equal(prepared.usable, [True, True, True, False, False, False])
+    assert np.isfinite(prepared.signals[:, :3]).all()
+    assert np.isnan(prepared.signals[:, 3:]).all()
+
+
+def test_blocks_and_neighbours_do_not_matter(monkeypatch):
+    run = volumes([(1000, even_directions(30))], noise=0.05, voxels=50)
+    whole = prepare_dwi([run], l_max=2)
+    monkeypatch.setattr(prepare, "_BLOCK_ELEMENTS", 7 * run.signal.shape[0])
+    parts = prepare_dwi([run], l_max=2)
+    np.testing.assert_allclose(parts.signals, whole.signals, rtol=1e-6)
+    np.testing.assert_allclose(parts.sigma, whole.sigma, rtol=1e-6)
+
+
+def _change(run: DwiVolumes, **arrays) -> DwiVolumes:
+    return DwiVolumes(**{**run.__dict__, **arrays})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: {"bvec": np.where(np.arange(36)[:, None] == 9, 0, r.bvec)}, "volume 9"),
+        (lambda r: {"bvec": np.where(np.arange(36)[:, None] == 7, np.nan, r.bvec)}, "volume 7"),
+        (lambda r: {"bval": r.bval[:-1]}, "36 volumes"),
+        (lambda r: {"bvec": r.bvec.T}, "36 volumes"),
+        (lambda r: {"bval": np.where(np.arange(36) == 8, np.nan, r.bval)}, "volume 8"),
+        (lambda r: {"bval": r.bval / 1000}, "s/mm"),
+        (lambda r: {"bval": r.bval + 500}, "no volume has b below"),
+        (lambda r: {"echo_time": np.where(r.bval > 0, 0.06, 0.09)}, "b=0 volume has the echo"),
+        (lambda r: {"big_delta": np.where(np.arange(36) == 20, 0.0, 30)}, "volume 20"),
+        (lambda r: {"small_delta": np.ones(3)}, "small_delta of shape"),
+        (lambda r: {"bval": np.where(r.bval > 0, np.linspace(900, 1500, 36), 0)}, "without a gap"),
+    ],
+)
+def test_unusable_input_is_named(change, words):
+    run = volumes([(1000, even_directions(30))])
+    with pytest.raises(ValueError, match=words):
+        prepare_dwi([_change(run, **change(run))])
+
+
+def test_too_few_directions_for_l2_name_the_shell():
+    run = volumes([(1000, even_directions(30)), (2200, even_directions(5))])
+    assert prepare_dwi([run]).signals.shape == (2, 1)
+    with pytest.raises(ValueError, match=r"b = 2200 .*l = 2"):
+        prepare_dwi([run], l_max=2)
+    # many volumes, but all in one plane
+    ring = np.stack([np.cos(np.arange(20)), np.sin(np.arange(20)), np.zeros(20)], axis=1)
+    with pytest.raises(ValueError, match="do not determine"):
+        prepare_dwi([volumes([(1000, ring)])], l_max=2)
+
+
+def test_direction_length_is_normalised_with_a_warning():
+    g = even_directions(30)
+    run, doubled = volumes([(1000, g)]), volumes([(1000, g)])
+    doubled = _change(doubled, bvec=2 * doubled.bvec)
+    prepared = prepare_dwi([doubled], l_max=2)
+    np.testing.assert_allclose(prepared.signals, prepare_dwi([run], l_max=2).signals, rtol=1e-6)
+    assert any("unit length" in w for w in prepared.warnings)
