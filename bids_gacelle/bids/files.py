@@ -32,10 +32,12 @@ class BidsFile:
 
     @property
     def subject(self) -> str:
+        """Label without ``sub-``."""
         return self.entities.get("sub", "")
 
     @property
     def session(self) -> str:
+        """Label without ``ses-``, "" outside sessions."""
         return self.entities.get("ses", "")
 
     @property
@@ -58,7 +60,7 @@ class BidsFile:
         return f"bids:{self.dataset}:{self.path.relative_to(self.root).as_posix()}"
 
     def sibling(self, extension: str) -> Path:
-        """The path with another extension."""
+        """Replace the extension."""
         return self.path.with_name(self.path.name.removesuffix(self.extension) + extension)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ _Float = npt.NDArray[np.float64]
 # As in the engine's signal preparation: b-values closer than this to their neighbour in the
 # sorted list are one shell.
 _B_GAP = (30.0, 0.05)  # s/mm^2, or this fraction of b, whichever is larger
-_TIMING_GAP = 1e-1  # ms
+_TIMING_DIGITS = 1  # of times in ms
 
 
 def read_gradients(bval: str | Path, bvec: str | Path) -> tuple[_Float, _Float]:
@@ -38,7 +39,7 @@ def read_gradients(bval: str | Path, bvec: str | Path) -> tuple[_Float, _Float]:
     b = np.concatenate([np.zeros(0), *_rows(bval)])
     if b.size == 0 or not np.isfinite(b).all() or (b < 0).any():
         raise MetadataError(
-            f"`{Path(bval).name}` must hold one b-value from 0 up (s/mm^2) per volume; correct it.",
+            f"`{Path(bval).name}` must hold one b-value from 0 up (s/mm^2) per volume.",
             bval,
         )
     rows = _rows(bvec)
@@ -68,7 +69,7 @@ def read_numbers(path: str | Path) -> list[float]:
 def _rows(path: str | Path) -> list[list[float]]:
     path = Path(path)
     try:
-        lines = path.read_text().replace(",", " ").splitlines()
+        lines = path.read_text().splitlines()
         return [[float(word) for word in line.split()] for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise MetadataError(f"`{path.name}` cannot be read as numbers ({error}).", path) from None
@@ -107,13 +108,13 @@ def shells(
     """
     weighted = b >= b0_threshold
     times = [np.broadcast_to(np.asarray(t, float), b.shape) for t in timing if t is not None]
-    labels = np.array([np.round(t[weighted] / _TIMING_GAP) for t in times])
-    groups = np.unique(labels, axis=1).T if times else [()]
+    groups = defaultdict(list)
+    for volume in np.flatnonzero(weighted):
+        groups[tuple(round(float(t[volume]), _TIMING_DIGITS) for t in times)].append(b[volume])
     result = []
-    for group in groups:
-        same = (labels.T == group).all(axis=1) if times else np.ones(weighted.sum(), bool)
-        ordered = np.sort(b[weighted][same])
+    for group in sorted(groups):
+        ordered = np.sort(groups[group])
         gap = np.maximum(_B_GAP[0], _B_GAP[1] * ordered[1:])
         pieces = np.split(ordered, np.flatnonzero(np.diff(ordered) > gap) + 1)
-        result += [(float(p.mean()), *(float(g) * _TIMING_GAP for g in group)) for p in pieces]
+        result += [(float(piece.mean()), *group) for piece in pieces]
     return result

@@ -1,4 +1,4 @@
-"""Sidecar values with their unit and the file that each came from; what cannot be right is refused."""
+"""Sidecar values with unit and source; what cannot be right is refused."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Sidecars:
         self.files = dataset.inherited(image, ".json")
 
     def find(self, field: str) -> Found | None:
-        """The nearest value of a field, None when no file has it."""
+        """Look a field up, nearest file first; None when no file has it."""
         for file in self.files:
             content = read_json(file.path, file.label)
             if field in content:
@@ -108,7 +108,7 @@ class Sidecars:
         return found
 
     def looked_in(self) -> str:
-        """The files that were read, in words; says so when the image's own sidecar is not there."""
+        """Name the files that were read, and the image's own sidecar where it is not there."""
         own = self.image.sibling(".json")
         names = [f"{f.label} ({level(f)})" for f in self.files]
         if own not in (f.path for f in self.files):
@@ -174,7 +174,7 @@ def per_volume(found: Found, field: str, n: int, assume_ms: Sequence[str] = ()) 
 
 
 def as_list(found: Found, field: str, n: int) -> list[Any]:
-    """The value as a list of 1 or ``n`` entries."""
+    """Give the value as a list of 1 or ``n`` entries."""
     values = found.value if isinstance(found.value, list) else [found.value]
     if len(values) not in (1, n):
         raise MetadataError(
@@ -187,7 +187,7 @@ def as_list(found: Found, field: str, n: int) -> list[Any]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number that JSON has as a number, else None."""
+    """Give a finite number that is no string or boolean, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
@@ -208,7 +208,7 @@ def _plausible(value: Any, found: Found, field: str, assume_ms: Sequence[str]) -
 
 
 def as_number(value: Any) -> float | None:
-    """A number, also when it is written as a string."""
+    """Give a finite number, also when it is written as a string, else None."""
     try:
         return number(float(value)) if isinstance(value, str) else number(value)
     except ValueError:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from bids_gacelle.bids.files import NIFTI, BidsFile
+from bids_gacelle.bids.names import ENTITY_ORDER
 from bids_gacelle.errors import InputError
 
 #: Entities that must match, per query; None: absent, "*": present, a list: any of these.
@@ -37,15 +40,29 @@ _LONG = {
     "modality": "mod",
     "resolution": "res",
 }
-_ENTITIES = frozenset(
-    "sub ses task acq ce rec dir run mod echo flip inv mt part proc hemi space chunk atlas seg "
-    "scale res den label desc model param cohort tpl".split()
-)
+_ENTITIES = frozenset(ENTITY_ORDER)
 _PROPERTIES = frozenset({"suffix", "datatype", "extension"})
 
 
+def load_filter_file(path: Path) -> dict[str, Any]:
+    """Read a filter file; `read_filters` checks what it says.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read as JSON.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"Filter file {path} cannot be read as JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise InputError(f"Filter file {path} must hold one JSON object: query -> entities.")
+    return content
+
+
 def read_filters(filters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Queries as narrowed by the content of a filter file.
+    """Narrow the queries by the content of a filter file.
 
     Parameters
     ----------
@@ -58,8 +75,6 @@ def read_filters(filters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         A query or entity that we do not know, or a value that is no label.
     """
     queries = {name: dict(query) for name, query in QUERIES.items()}
-    if not isinstance(filters, Mapping):
-        raise InputError("The filter file must hold one JSON object with queries as its keys.")
     for name, wanted in filters.items():
         if name not in queries:
             raise InputError(

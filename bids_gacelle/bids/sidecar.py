@@ -14,33 +14,10 @@ from typing import Any
 from bids_gacelle.bids.names import FLAGS, STATISTICS
 from bids_gacelle.bids.series import Series, Sourced
 
-STANDARD_SPACES = frozenset(
-    {
-        "ICBM452AirSpace",
-        "ICBM452Warp5Space",
-        "IXI549Space",
-        "fsaverage",
-        "fsaverageSym",
-        "fsaverage3",
-        "fsaverage4",
-        "fsaverage5",
-        "fsaverage6",
-        "fsaveragesym",
-        "fsLR",
-        "MNIColin27",
-        "MNI152Lin",
-        "MNI305",
-        "OASIS30AntsOASISAnts",
-        "OASIS30Atropos",
-        "Talairach",
-        "UNCInfant",
-    }
-)
-"""Spaces that need no SpatialReference, besides the MNI152 families (BIDS, Appendix VIII)."""
-
 TABLE_COLUMNS = {
     "index": "Label in the segmentation",
     "name": "Name of the region",
+    "hemi": "Hemisphere (L, R) where the name says so",
     "model": "Model",
     "param": "Parameter, as in the name of its map",
     "unit": "Unit of the parameter; that of all statistics but cov, coverage and the counts",
@@ -56,7 +33,7 @@ TABLE_COLUMNS = {
     "n_voxels": "Voxels of the region in the segmentation",
     "n_valid": "Voxels of the region that have an estimate; the statistics are over these",
     "coverage": "n_valid over n_voxels",
-    "weighted_mean": "Mean weighted by 1/sd^2, over the valid voxels that have a standard deviation",
+    "weighted_mean": "Mean weighted by 1/sd^2, over the valid voxels that have one",
 }
 """Columns of the ROI tables, in order, and their meaning."""
 
@@ -137,7 +114,7 @@ def mask_sidecar(record: FitRecord, *, origin: str) -> dict[str, Any]:
         "quick": "a mask from the image intensities, made here and rough",
     }
     return {
-        "Description": f"Voxels fitted, {record.title}: {made[origin]}, where the signal is usable",
+        "Description": f"Voxels fitted, {record.title}: {made[origin]} where signals are usable",
         "Type": "ROI",
         **_provenance(record),
         "Version": record.version,
@@ -176,7 +153,7 @@ def table_sidecar(record: FitRecord, *, segmentation: str, units: Mapping[str, s
 
 
 def estimation_text(settings: Mapping[str, Any]) -> str:
-    """How the parameters were estimated, in words: "Levenberg-Marquardt, maximum likelihood, ..."."""
+    """Say in words how the parameters were estimated ("Levenberg-Marquardt, ...")."""
     solver = str(settings.get("solver", ""))
     words = [_SOLVERS.get(solver, solver)]
     if solver != "linear":
@@ -195,10 +172,9 @@ def estimation_text(settings: Mapping[str, Any]) -> str:
 def _provenance(record: FitRecord) -> dict[str, Any]:
     series = record.series
     found: dict[str, Any] = {"Sources": list(record.sources)}
-    space = series.entities.get("space", "")
-    standard = space in STANDARD_SPACES or space.startswith("MNI152NLin")
-    if space and not standard:
-        # without a named reference, the fitted image itself is on the grid of the maps
+    if "space" in series.entities:
+        # required unless the space is a standard one; without a named reference, the fitted image
+        # itself is what the maps are aligned with
         reference = series.spatial_reference or next(iter(record.sources), "")
         found |= {"SpatialReference": reference} if reference else {}
     if "res" in series.entities:

@@ -27,6 +27,7 @@ from bids_gacelle.bids.metadata import (
     number,
     per_volume,
 )
+from bids_gacelle.bids.options import Options
 from bids_gacelle.bids.series import Sourced
 
 _FIELDS = {"SmallDelta": ("SmallDelta",), "BigDelta": ("BigDelta", "LargeDelta")}
@@ -38,18 +39,8 @@ _Float = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class TimingOptions:
-    """What the command line says about diffusion times."""
-
-    small_delta_ms: float | None = None
-    big_delta_ms: float | None = None
-    timing_file: Path | None = None
-    assume_ms: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Timing:
-    """Diffusion times of one run; ``problem`` says why they cannot be used (then both are None)."""
+    """Diffusion times of one run, or the ``problem`` why there are none."""
 
     small_delta: Sourced | None
     big_delta: Sourced | None
@@ -69,11 +60,12 @@ class RunImage:
 
     @property
     def sidecars(self) -> Sidecars:
+        """The JSON files of the image."""
         return Sidecars(self.dataset, self.image)
 
 
 def resolve_timing(
-    run: RunImage, parents: Sequence[tuple[Dataset, BidsFile]], options: TimingOptions
+    run: RunImage, parents: Sequence[tuple[Dataset, BidsFile]], options: Options
 ) -> Timing:
     """Find SmallDelta, BigDelta and EchoTime of a run.
 
@@ -109,7 +101,7 @@ def _resolve(
     field: str,
     run: RunImage,
     parents: Sequence[tuple[Dataset, BidsFile]],
-    options: TimingOptions,
+    options: Options,
     warn: Callable[[str], None],
 ) -> Sourced | None:
     given = {"SmallDelta": options.small_delta_ms, "BigDelta": options.big_delta_ms}[field]
@@ -120,7 +112,7 @@ def _resolve(
     return _from_parents(field, run, parents, options, warn)
 
 
-def _candidates(field: str, run: RunImage, options: TimingOptions) -> Iterator[tuple[Found, str]]:
+def _candidates(field: str, run: RunImage, options: Options) -> Iterator[tuple[Found, str]]:
     """Values as they stand in files, best source first, and the name of the field there."""
     if options.timing_file and (
         column := _timing_column(field, options.timing_file, len(run.weighted))
@@ -134,7 +126,7 @@ def _candidates(field: str, run: RunImage, options: TimingOptions) -> Iterator[t
 
 
 def _in_ms(
-    found: Found, name: str, run: RunImage, options: TimingOptions, warn: Callable[[str], None]
+    found: Found, name: str, run: RunImage, options: Options, warn: Callable[[str], None]
 ) -> Sourced:
     raw = as_list(found, name, len(run.weighted))
     values = np.array([np.nan if (v := number(r)) is None else v for r in raw])
@@ -176,10 +168,10 @@ def _from_parents(
     field: str,
     run: RunImage,
     parents: Sequence[tuple[Dataset, BidsFile]],
-    options: TimingOptions,
+    options: Options,
     warn: Callable[[str], None],
 ) -> Sourced | None:
-    """Times of the raw run, or of several concatenated ones if all have the same single time."""
+    """Look in the raw run, or in several concatenated ones that all have the same time."""
     of_command_line = replace(options, timing_file=None)
     times: dict[str, Sourced | None] = {}
     for dataset, image in parents:
@@ -237,7 +229,7 @@ def _missing(
     )
 
 
-def _echo_time(run: RunImage, options: TimingOptions) -> Sourced | None:
+def _echo_time(run: RunImage, options: Options) -> Sourced | None:
     """Echo time in s, None when nothing says."""
     n = len(run.weighted)
     found = None
@@ -253,7 +245,7 @@ def _echo_time(run: RunImage, options: TimingOptions) -> Sourced | None:
 
 
 def _timing_column(field: str, path: Path, n: int) -> Found | None:
-    """A column of the timing file, in the order of the volumes."""
+    """Read a column of the timing file, in the order of the volumes."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))

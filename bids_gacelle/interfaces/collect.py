@@ -15,7 +15,7 @@ from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes
 from bids_gacelle.spatial.masks import load_mask, quick_mask
-from bids_gacelle.spatial.motion import displacement_warnings
+from bids_gacelle.spatial.motion import displacement
 
 
 class _CollectOutputSpec(TraitedSpec):  # type: ignore[misc]
@@ -31,12 +31,15 @@ class Collect(Step):
     def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
         """Store the volumes (n, x, y, z) as float32, and the image that shows the anatomy."""
         series = series_from_json(self.inputs.series)
-        paths = [Path(p) for p in series.images] or [Path(r.image) for r in series.dwi_runs]
-        volumes, image = load_volumes(paths)
+        loaded = load_volumes(series.images or [run.image for run in series.dwi_runs])
+        image = loaded[0][0]
+        volumes = _stacked([data for _, data in loaded])
         label, compared = _anatomy(series, volumes, settings.b0_threshold)
         nib.save(nib.Nifti1Image(compared[0], image.affine, image.header), cwd / "reference.nii.gz")
         np.save(cwd / "volumes.npy", volumes)
-        warnings = displacement_warnings(compared, image.header.get_zooms()[:3])
+        zooms = nib.affines.voxel_sizes(image.affine)
+        moved = [m for m in displacement(compared, zooms) if m.warning]
+        warnings = [f"image {m.index + 1} {m.warning}" for m in moved]
         for warning in warnings:
             LOGGER.warning("sub-%s %s: %s", series.subject, series.label, warning)
         return {
@@ -44,7 +47,7 @@ class Collect(Step):
                 "volumes": str(cwd / "volumes.npy"),
                 "reference": str(cwd / "reference.nii.gz"),
                 "reference_label": label,
-                "warnings": list(warnings),
+                "warnings": warnings,
             }
         }
 
@@ -69,15 +72,9 @@ class MakeMask(Step):
         reference = nib.load(self.inputs.collected["reference"])
         signal = np.asarray(reference.dataobj, dtype=np.float32)
         if series.mask.images:
-            mask = np.logical_and.reduce([load_mask(Path(p), reference) for p in series.mask.images])
+            mask = np.logical_and.reduce([load_mask(p, reference) for p in series.mask.images])
         else:
             mask = quick_mask(signal)
-            LOGGER.warning(
-                "sub-%s %s: no mask given; a quick one was made from the signal. Look at it in the "
-                "report, or give one with --mask or --derivatives.",
-                series.subject,
-                series.label,
-            )
         mask &= np.isfinite(signal) & (signal > 0)
         if not mask.any():
             where = ", ".join(series.mask.images) or "made from the signal"
@@ -95,6 +92,12 @@ class MakeMask(Step):
                 "n_voxels": int(mask.sum()),
             }
         }
+
+
+def _stacked(images: list[np.ndarray]) -> np.ndarray:
+    """Volumes of all images one after the other, (n, x, y, z)."""
+    parts = [np.moveaxis(d, 3, 0) if d.ndim == 4 else d[None] for d in images]
+    return np.concatenate(parts).astype(np.float32, copy=False)
 
 
 def _anatomy(

@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bids_gacelle.bids.discovery import ModelNeeds
+from bids_gacelle.bids.options import ModelNeeds
 from bids_gacelle.engine import get_model, list_models
+from bids_gacelle.engine.device import resolve_device as engine_device
 from bids_gacelle.errors import InputError
 
 FIT_OPTIONS = ("starts",)
@@ -89,3 +90,17 @@ def describe_models() -> str:
             f"    options  {options}",
         ]
     return "\n".join(lines)
+
+
+def resolve_device(device: str) -> str:
+    """The device that ``--device`` means on this machine: ``cpu`` or ``cuda:N``.
+
+    Raises
+    ------
+    InputError
+        The device is not there.
+    """
+    try:
+        return str(engine_device(device))
+    except ValueError as error:
+        raise InputError(f"--device {device}: {error}") from error

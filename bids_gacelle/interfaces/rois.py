@@ -10,13 +10,16 @@ import numpy as np
 from nipype.interfaces.base import TraitedSpec, traits
 
 from bids_gacelle.bids import names
+from bids_gacelle.bids.dataset import bids_uri
 from bids_gacelle.bids.output import write_json, write_tsv
 from bids_gacelle.bids.series import Atlas, Series, series_from_json
-from bids_gacelle.engine import get_model
+from bids_gacelle.bids.sidecar import TABLE_COLUMNS, table_sidecar
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
+from bids_gacelle.interfaces.fit import build_model
+from bids_gacelle.interfaces.provenance import fit_record
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes, same_grid
-from bids_gacelle.spatial.rois import COLUMNS, read_lookup, roi_statistics
+from bids_gacelle.spatial.rois import integer_labels, read_lookup, roi_statistics
 
 NO_ESTIMATE = 4 | 8 | 32
 """Flags of voxels that do not count in a ROI."""
@@ -26,6 +29,7 @@ class _RoiInputSpec(StepInputSpec):
     model = traits.Str(mandatory=True)
     collected = traits.Dict(mandatory=True)
     mask = traits.Dict(mandatory=True)
+    prepared = traits.Dict(mandatory=True)
     fitted = traits.Dict(mandatory=True)
 
 
@@ -44,26 +48,33 @@ class RoiStatistics(Step):
         series = series_from_json(self.inputs.series)
         reference = nib.load(self.inputs.collected["reference"])
         mask = np.load(self.inputs.mask["file"])
-        tables = []
+        datasets = self.inputs.run["datasets"]
+        model, _ = build_model(self.inputs.model, settings, self.inputs.prepared)
+        record = fit_record(series, model, settings, datasets, self.inputs.fitted)
+        tables: list[str] = []
         for atlas in series.atlases:
             labels = _labels(atlas, series, reference)
             if labels is None:
                 continue
-            rows = self._rows(atlas, labels, mask)
+            rows = self._rows(model, atlas, labels, mask)
             path = names.table_path(series, model=self.inputs.model, atlas=atlas.name)
-            write_tsv(settings.output_dir / path, rows, TABLE_COLUMNS)
-            sidecar = _sidecar(atlas, get_model(self.inputs.model))
-            write_json(settings.output_dir / path.with_suffix(".json"), sidecar)
+            write_tsv(settings.output_dir / path, rows, tuple(TABLE_COLUMNS))
+            units = {p.name: p.unit for p in (*model.parameters, *model.derived)}
+            segmentation = bids_uri(atlas.image, datasets)
+            about = table_sidecar(record, segmentation=segmentation, units=units)
+            write_json(settings.output_dir / path.with_suffix(".json"), about)
             tables.append(str(path))
         return {"tables": tables}
 
-    def _rows(self, atlas: Atlas, labels: np.ndarray, mask: np.ndarray) -> list[dict[str, Any]]:
+    def _rows(
+        self, model: Any, atlas: Atlas, labels: np.ndarray, mask: np.ndarray
+    ) -> list[dict[str, Any]]:
         lookup = read_lookup(Path(atlas.table) if atlas.table else None, labels)
-        model = get_model(self.inputs.model)
         fit = np.load(self.inputs.fitted["file"])
         valid = scatter((fit["flags"] & NO_ESTIMATE) == 0, mask, False)
         rows = []
-        for key in [k.removeprefix("map_") for k in fit if k.startswith("map_")]:
+        for parameter in (*model.parameters, *model.derived):
+            key = parameter.name
             statistics = roi_statistics(
                 scatter(fit[f"map_{key}"], mask, np.nan),
                 labels,
@@ -71,13 +82,9 @@ class RoiStatistics(Step):
                 std=scatter(fit[f"std_{key}"], mask, np.nan),
                 valid=valid,
             )
-            for row in statistics:
-                extra = {"hemi": hemisphere(str(row["name"])), "model": model.name, "param": key}
-                rows.append({**row, **extra})
+            about = {"model": model.name, "param": key, "unit": parameter.unit}
+            rows += [{**row, **about, "hemi": hemisphere(str(row["name"]))} for row in statistics]
         return rows
-
-
-TABLE_COLUMNS = ("index", "name", "hemi", "model", "param", *COLUMNS[2:])
 
 
 def scatter(values: np.ndarray, mask: np.ndarray, fill: Any) -> np.ndarray:
@@ -97,9 +104,9 @@ def hemisphere(name: str) -> str:
 
 
 def _labels(atlas: Atlas, series: Series, reference: Any) -> np.ndarray | None:
-    volumes, image = load_volumes([Path(atlas.image)])
+    [(image, data)] = load_volumes([atlas.image])
     if same_grid(image, reference):
-        return np.rint(volumes[0]).astype(np.int32)
+        return integer_labels(data.reshape(data.shape[:3]), atlas.image)
     LOGGER.warning(
         "sub-%s %s: atlas %s is left out, it is not on the grid of the maps (%s).",
         series.subject,
@@ -108,29 +115,3 @@ def _labels(atlas: Atlas, series: Series, reference: Any) -> np.ndarray | None:
         atlas.image,
     )
     return None
-
-
-def _sidecar(atlas: Atlas, model: type) -> dict[str, Any]:
-    units = {p.name: p.unit for p in (*model.parameters, *model.derived)}
-    described = "; ".join(f"{k}: {u}" for k, u in units.items())
-    of_values = {"Description": f"In the unit of the parameter ({described})"}
-    counts = {
-        "n_voxels": {"Description": "Voxels of the label"},
-        "n_valid": {"Description": "Voxels of the label that have an estimate"},
-        "coverage": {"Description": "n_valid / n_voxels", "Units": "1"},
-        "cov": {"Description": "Coefficient of variation, std / |mean|", "Units": "1"},
-        "weighted_mean": {
-            "Description": "Mean weighted by 1/sd^2, over voxels whose sd is known. " + described
-        },
-    }
-    keys = ("mean", "std", "median", "iqr", "q05", "q95", "min", "max")
-    return {
-        "index": {"Description": "Label in the segmentation"},
-        "name": {"Description": "Name of the label"},
-        "hemi": {"Description": "Hemisphere read from the name", "Levels": {"L": "left", "R": "right"}},
-        "model": {"Description": "Signal model"},
-        "param": {"Description": "Parameter of the model", "Units": described},
-        **{k: of_values for k in keys},
-        **counts,
-        "Segmentation": {"Description": atlas.name},
-    }

@@ -43,14 +43,20 @@ def spread_directions(n: int) -> np.ndarray:
     Parameters
     ----------
     n
-        Number of directions, at least 24 (fewer have no such arrangement).
+        Number of directions; below about 30 there may be no such arrangement.
 
     Returns
     -------
     np.ndarray
         Unit vectors (n, 3).
+
+    Raises
+    ------
+    ValueError
+        No such arrangement was found.
     """
-    powers = [p for p in product(range(STRENGTH + 1), repeat=3) if sum(p) == STRENGTH]
+    every = product(range(STRENGTH + 1), repeat=3)
+    powers = np.array([p for p in every if sum(p) == STRENGTH])
     target = np.array([_monomial_mean(p) for p in powers])
 
     def vectors(angles: np.ndarray) -> np.ndarray:
@@ -59,8 +65,7 @@ def spread_directions(n: int) -> np.ndarray:
         return np.stack([sine * np.cos(azimuth), sine * np.sin(azimuth), np.cos(polar)], axis=1)
 
     def residual(angles: np.ndarray) -> np.ndarray:
-        g = vectors(angles)
-        return np.array([np.mean(np.prod(g**p, axis=1)) for p in powers]) - target
+        return np.mean(np.prod(vectors(angles)[:, None] ** powers, axis=2), axis=0) - target
 
     height = 1 - (np.arange(n) + 0.5) / n
     spiral = np.concatenate([np.arccos(height), np.arange(n) * np.pi * (3 - np.sqrt(5))])
@@ -70,12 +75,12 @@ def spread_directions(n: int) -> np.ndarray:
     return vectors(solution.x)
 
 
-def _monomial_mean(powers: tuple[int, ...]) -> float:
+def _monomial_mean(powers: np.ndarray) -> float:
     """Mean of x^a y^b z^c over the unit sphere (Folland 2001, Am Math Mon 108:446)."""
-    if any(p % 2 for p in powers):
+    if np.any(powers % 2):
         return 0.0
-    odd = [max(p - 1, 0) for p in powers]
-    return float(np.prod([factorial2(o) if o else 1 for o in odd]) / factorial2(sum(powers) + 1))
+    odd = np.maximum(powers - 1, 1)  # (-1)!! = 1!! = 1
+    return float(np.prod(factorial2(odd)) / factorial2(np.sum(powers) + 1))
 
 
 def directional_signal(s0: np.ndarray, s2: np.ndarray | None, cosine: np.ndarray) -> np.ndarray:

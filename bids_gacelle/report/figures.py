@@ -96,18 +96,20 @@ class Mosaic(NamedTuple):
 
     def label(self, x: float, y: float, label: str, **style: Any) -> None:
         """Write text at CSS pixel (x, y) from the top left corner."""
-        style = {"fontsize": 9, "color": FAINT, "va": "center"} | style
+        style = {"fontsize": 9.5, "color": FAINT, "va": "center"} | style
         self.figure.text(x / self.width, 1 - y / self.height, label, **style)
 
 
 Paint = Callable[[geometry.Plane, int], np.ndarray]
 MARGIN = 10.0
+QUALITY_SIDE = 128.0
+"""Room for the legend of the flags; the NRMSE map beside them leaves the same."""
 SIDE = 84.0
-FOOT = 16.0
+FOOT = 18.0
 
 
 def mosaic(
-    view: View, paint: Paint, *, width: float, density: float, side: float = SIDE, height: float = 400.0, limit: float = np.inf
+    view: View, paint: Paint, *, width: float, density: float, side: float = SIDE, height: float = 560.0, limit: float = np.inf
 ) -> Mosaic:
     """Slices in three planes with orientation letters, the slice numbers and the convention.
 
@@ -127,8 +129,8 @@ def mosaic(
     for panel in result.panels:
         _place(canvas, paint(panel.plane, panel.index), panel, density)
         _annotate(result, panel, view)
-    figure.figimage(canvas, 0, 0, origin="upper")
-    result.label(MARGIN, total - FOOT / 2 - 1, _convention(view, width), fontsize=8.5)
+    figure.figimage(canvas, 0, 0, origin="upper", zorder=-1)
+    result.label(MARGIN, total - FOOT / 2 - 1, _convention(view, width))
     return result
 
 
@@ -150,13 +152,13 @@ def _annotate(target: Mosaic, panel: Panel, view: View) -> None:
     above = f"{panel.plane.name.upper()}   {name}" if panel.first else name
     if panel.first and strip:
         above += f"   ({LETTERS[panel.plane.up][1]} up)"
-    target.label(panel.x, panel.y - CAPTION / 2, above, fontsize=8.5)
+    target.label(panel.x, panel.y - CAPTION / 2, above, fontsize=9.5)
     if not panel.first:
         return
     style = {
         "color": "white",
         "fontweight": "bold",
-        "fontsize": 10,
+        "fontsize": 11,
         "path_effects": [withStroke(linewidth=2, foreground="black")],
     }
     middle_x, middle_y = panel.x + panel.width / 2, panel.y + panel.height / 2
@@ -170,7 +172,7 @@ def _annotate(target: Mosaic, panel: Panel, view: View) -> None:
 
 
 def _convention(view: View, width: float) -> str:
-    short = width < 520
+    short = width < 760
     words = "Neurological view: subject's left is on the left"
     if not short:
         words += " of the image; i j k count voxels of the file from 0"
@@ -208,6 +210,7 @@ def map_figure(
     unit: str,
     width: float,
     density: float,
+    side: float = SIDE,
     limit: float = np.inf,
 ) -> Mosaic:
     """One scalar map in a fixed window: dark outside the mask, ``NO_VALUE`` where it is NaN."""
@@ -224,20 +227,20 @@ def map_figure(
         image[~inside] = special[1]
         return image
 
-    result = mosaic(view, paint, width=width, density=density, limit=limit)
+    result = mosaic(view, paint, width=width, density=density, side=side, limit=limit)
     values = volume[mask]
     some = values[np.isfinite(values)]
     ends = (bool((some < window[0]).any()), bool((some > window[1]).any()))
-    _colour_bar(result, colours, Normalize(*window), unit, ends, missing=some.size < values.size)
+    _colour_bar(result, colours, Normalize(*window), unit, ends, side=side, missing=some.size < values.size)
     return result
 
 
 def _colour_bar(
-    target: Mosaic, colours: Colormap, norm: Normalize, unit: str, ends: tuple[bool, bool], *, missing: bool
+    target: Mosaic, colours: Colormap, norm: Normalize, unit: str, ends: tuple[bool, bool], *, side: float, missing: bool
 ) -> None:
-    left = target.width - SIDE + 14
-    top, bottom = 26.0, target.height - FOOT - (26 if missing else 12)
-    bottom = min(bottom, top + 240)
+    left = target.width - side + 12
+    top, bottom = 30.0, target.height - FOOT - (36 if missing else 16)
+    bottom = min(bottom, top + 280)
     box = (left / target.width, 1 - bottom / target.height, 11 / target.width, (bottom - top) / target.height)
     axes = target.figure.add_axes(box)
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
@@ -247,10 +250,10 @@ def _colour_bar(
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text.number(value, 3)))
-    bar.ax.tick_params(labelsize=9, colors=INK, length=3, width=0.6, pad=2)
-    target.label(left, 11, unit or "no unit", color=INK, fontsize=9.5)
+    bar.ax.tick_params(labelsize=10, colors=INK, length=3, width=0.6, pad=2)
+    target.label(left, 13, unit or "no unit", color=INK, fontsize=10.5)
     if missing:
-        _swatch(target, left, bottom + 16, NO_VALUE, "no value")
+        _swatch(target, left, bottom + 24, NO_VALUE, "no value")
 
 
 def _swatch(target: Mosaic, x: float, y: float, colour: str, label: str, size: float = 9.0) -> None:
@@ -263,7 +266,7 @@ def _swatch(target: Mosaic, x: float, y: float, colour: str, label: str, size: f
         edgecolor="none",
     )
     target.figure.add_artist(patch)
-    target.label(x + size + 5, y, label, color=INK, fontsize=9)
+    target.label(x + size + 5, y, label, color=INK)
 
 
 def draw_map(mosaic_: Mosaic, colormap: str, alt: str) -> Drawing:
@@ -273,9 +276,9 @@ def draw_map(mosaic_: Mosaic, colormap: str, alt: str) -> Drawing:
 
 
 def draw_flags(
-    flags: np.ndarray, mask: np.ndarray, view: View, *, width: float, density: float, alt: str
+    flags: np.ndarray, mask: np.ndarray, view: View, *, width: float, density: float, alt: str, limit: float = np.inf
 ) -> Drawing:
-    """Where the fit is not to be trusted and why; the legend counts voxels by their worst flag."""
+    """Where the fit is not to be trusted and why: the most serious flag of each voxel."""
     worst = np.full(flags.shape, len(FLAGS) - 1, np.uint8)
     for n, (bit, _, _) in reversed(list(enumerate(FLAGS[:-1]))):
         worst[(flags.astype(np.uint8) & bit) > 0] = n
@@ -288,20 +291,15 @@ def draw_flags(
         image[~view.section(inside, plane, index)] = background
         return image
 
-    side = 196.0
-    result = mosaic(view, paint, width=width, density=density, side=side)
-    counts = np.bincount(worst[inside], minlength=len(FLAGS))
-    left, y = result.width - side + 8, 22.0
-    for (_, name, colour), n in zip(FLAGS, counts, strict=True):
-        lines = textwrap.wrap(name, 26)
-        _swatch(result, left, y, colour, "\n".join(lines[:1]))
+    result = mosaic(view, paint, width=width, density=density, side=QUALITY_SIDE, limit=limit)
+    left, y = result.width - QUALITY_SIDE + 12, 22.0
+    for _, name, colour in FLAGS:
+        lines = textwrap.wrap(name, 18)
+        _swatch(result, left, y, colour, lines[0])
         for extra in lines[1:]:
-            y += 12
+            y += 13
             result.label(left + 14, y, extra, color=INK)
-        share = n / max(int(inside.sum()), 1)
-        y += 12
-        result.label(left + 14, y, f"{text.count(n)} voxels, {text.percent(share)}", fontsize=8.5)
-        y += 18
+        y += 22
     return render(result.figure, alt, [c for *_, c in FLAGS])
 
 
@@ -363,7 +361,7 @@ def _plain_axes(figure: Figure, box: Sequence[float]) -> Any:
     for side in ("left", "bottom"):
         axes.spines[side].set_color(PLOT_FAINT)
         axes.spines[side].set_linewidth(0.7)
-    axes.tick_params(labelsize=9, colors=PLOT_INK, length=3, width=0.6)
+    axes.tick_params(labelsize=10, colors=PLOT_INK, length=3, width=0.6)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: text.number(value, 4)))
     return axes
@@ -378,7 +376,7 @@ def draw_histogram(
     density: float,
     alt: str,
     bounds: tuple[float, float] | None = None,
-    height: float = 150.0,
+    height: float = 180.0,
 ) -> Drawing:
     """Values within the mask: display window shaded, bounds dashed, the rest in edge bars."""
     values = values[np.isfinite(values)]
@@ -387,7 +385,7 @@ def draw_histogram(
     span = window[1] - window[0]
     low, high = window[0] - 0.06 * span, window[1] + 0.06 * span
     figure = new_figure(width, height, density, "white")
-    axes = _plain_axes(figure, (52 / width, 38 / height, 1 - 66 / width, 1 - 62 / height))
+    axes = _plain_axes(figure, (52 / width, 38 / height, 1 - 66 / width, 1 - 76 / height))
     edges = np.linspace(*window, 81)
     axes.axvspan(*window, color="#eef3f7", lw=0, zorder=0)
     axes.hist(values[(values >= window[0]) & (values <= window[1])], edges, color=BAR, zorder=2)
@@ -406,12 +404,12 @@ def draw_histogram(
             notes.append(f"bound {text.number(bound)} outside the plot")
     q1, q3 = np.percentile(values, [25, 75])
     head = f"median {text.number(median, 3)}, quartiles {text.number(q1, 3)} and {text.number(q3, 3)}"
-    lines = textwrap.wrap("  ·  ".join([head, *notes]), int(width / 5.4))
+    lines = textwrap.wrap("  ·  ".join([head, *notes]), int(width / 6))
     for n, line in enumerate(lines[:2]):
-        figure.text(52 / width, 1 - (10 + 12 * n) / height, line, fontsize=9, color=PLOT_INK, va="center")
+        figure.text(52 / width, 1 - (11 + 13 * n) / height, line, fontsize=10, color=PLOT_INK, va="center")
     axes.set_xlim(low, high)
-    axes.set_xlabel(label, fontsize=9.5, color=PLOT_INK, labelpad=2)
-    axes.set_ylabel("voxels", fontsize=9.5, color=PLOT_INK)
+    axes.set_xlabel(label, fontsize=10.5, color=PLOT_INK, labelpad=2)
+    axes.set_ylabel("voxels", fontsize=10.5, color=PLOT_INK)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     return render(figure, alt)
 
@@ -456,13 +454,13 @@ def _finish_example(
     axes.tick_params(labelbottom=False)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.margins(y=0.08)
-    axes.set_ylabel(plot.get("y_label") or "signal", fontsize=9.5, color=PLOT_INK)
+    axes.set_ylabel(plot.get("y_label") or "signal", fontsize=10.5, color=PLOT_INK)
     if legend:
-        axes.legend(fontsize=8.5, frameon=False, labelcolor=PLOT_INK, handletextpad=0.3)
+        axes.legend(fontsize=9.5, frameon=False, labelcolor=PLOT_INK, handletextpad=0.3)
     top = 1.25 * float(np.nanmax(np.abs(residual), initial=0)) or 1.0
     residual_axes.set_ylim(-top, top)
     residual_axes.axhline(0, color=PLOT_FAINT, lw=0.8, zorder=1)
     residual_axes.yaxis.set_major_locator(MaxNLocator(3, symmetric=True))
     residual_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text.number(value, 2)))
-    residual_axes.set_ylabel("residual", fontsize=9.5, color=PLOT_INK)
-    residual_axes.set_xlabel(plot.get("x_label") or "", fontsize=9.5, color=PLOT_INK)
+    residual_axes.set_ylabel("residual", fontsize=10.5, color=PLOT_INK)
+    residual_axes.set_xlabel(plot.get("x_label") or "", fontsize=10.5, color=PLOT_INK)

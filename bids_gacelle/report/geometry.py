@@ -137,7 +137,7 @@ def choose_view(mask: Volume, *, surround: np.ndarray | None = None, per_plane: 
     for axis in range(3):
         others = tuple(a for a in range(3) if a != axis)
         extent = np.flatnonzero(shown.any(axis=others))
-        margin = max(1, round(0.03 * np.ptp(extent)))
+        margin = max(1, round(0.06 * np.ptp(extent)))
         stop = min(int(extent[-1]) + margin + 1, inside.shape[axis])
         box.append(slice(max(int(extent[0]) - margin, 0), stop))
         filled = np.flatnonzero(inside.any(axis=others))
@@ -162,7 +162,7 @@ class Panel(NamedTuple):
 
 
 GAP = 5.0
-CAPTION = 13.0
+CAPTION = 15.0
 
 
 def arrange(view: View, width: float, height: float, limit: float = np.inf) -> tuple[list[Panel], float, float]:
@@ -184,20 +184,24 @@ def arrange(view: View, width: float, height: float, limit: float = np.inf) -> t
 
 
 def _flow(view: View, scale: float, width: float) -> tuple[list[Panel], float, float]:
+    planes = [plane for plane in PLANES if view.cuts.get(plane.name)]
+    sizes = {plane: tuple(mm * scale for mm in view.size(plane)) for plane in planes}
+    strips = {plane for plane, (w, h) in sizes.items() if h < w / 4}
+    # Slices that are no strips share one column width, so that they stand below each other.
+    column_width = max((sizes[plane][0] for plane in planes if plane not in strips), default=0.0)
     panels, y, right = [], 0.0, 0.0
-    for plane in PLANES:
-        cuts = view.cuts.get(plane.name, ())
-        if not cuts:
-            continue
-        w, h = (mm * scale for mm in view.size(plane))
-        columns = len(cuts)
-        if h < w / 4:
-            columns = min(max(int((width + GAP) // (w + GAP)), 1), columns)
+    for plane in planes:
+        cuts = view.cuts[plane.name]
+        w, h = sizes[plane]
+        cell, columns = column_width, len(cuts)
+        if plane in strips:
+            cell, columns = w, min(max(int((width + GAP) // (w + GAP)), 1), columns)
             columns = -(-len(cuts) // -(-len(cuts) // columns))  # even rows
         for n, index in enumerate(cuts):
             row, column = divmod(n, columns)
+            x = column * (cell + GAP) + (cell - w) / 2
             top = y + row * (h + CAPTION + GAP) + CAPTION
-            panels.append(Panel(plane, index, n == 0, column * (w + GAP), top, w, h))
+            panels.append(Panel(plane, index, n == 0, x, top, w, h))
         y += -(-len(cuts) // columns) * (h + CAPTION + GAP) + GAP
-        right = max(right, columns * (w + GAP) - GAP)
+        right = max(right, columns * (cell + GAP) - GAP)
     return panels, y - GAP, right

@@ -76,6 +76,8 @@ def percent(value: Any) -> str:
         return "n/a"
     if 0 < result < 1e-3:
         return "< 0.1\N{NARROW NO-BREAK SPACE}%"
+    if result in (0, 1):
+        return f"{100 * result:.0f}\N{NARROW NO-BREAK SPACE}%"
     return f"{100 * result:.1f}\N{NARROW NO-BREAK SPACE}%"
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import zlib
 from collections.abc import Iterable
-from gzip import BadGzipFile
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from nibabel.filebasedimages import ImageFileError
+from nibabel.fileholders import FileHolder
 from nibabel.processing import resample_from_to
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
@@ -34,7 +35,16 @@ def load_volumes(
 def _load(path: Path) -> tuple[SpatialImage, npt.NDArray[np.float32]]:
     try:
         image = nib.load(path)
-        return image, np.asanyarray(image.dataobj, dtype=np.float32)
+        if not isinstance(image, SpatialImage):
+            raise InputError(f"{path} is no volume image but {type(image).__name__}")
+        if image.get_data_dtype().kind not in "biuf":
+            raise InputError(
+                f"{path} holds values of type {image.get_data_dtype()}; real numbers are needed, "
+                "such as the magnitude"
+            )
+        if path.name.endswith(".nii.gz"):
+            return image, _read_checked(path, type(image))
+        return image, np.asarray(image.dataobj, dtype=np.float32)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except PermissionError as error:
@@ -44,7 +54,7 @@ def _load(path: Path) -> tuple[SpatialImage, npt.NDArray[np.float32]]:
         EOFError,
         ImageFileError,
         HeaderDataError,
-        BadGzipFile,
+        gzip.BadGzipFile,
         zlib.error,
         OSError,
         ValueError,
@@ -54,6 +64,15 @@ def _load(path: Path) -> tuple[SpatialImage, npt.NDArray[np.float32]]:
             f"{path} cannot be read as an image: it is truncated, corrupt or no NIfTI file "
             f"({reason}); copy or convert it again"
         ) from error
+
+
+def _read_checked(path: Path, image_class: type[SpatialImage]) -> npt.NDArray[np.float32]:
+    """Read the data, then on to the end of the stream: only there gzip compares its checksum."""
+    with gzip.open(path) as stream:
+        image = image_class.from_file_map({"image": FileHolder(fileobj=stream)})
+        data = np.asarray(image.dataobj, dtype=np.float32)
+        stream.read()
+    return data
 
 
 def same_grid(a: SpatialImage, b: SpatialImage, tolerance: float = 0.1) -> bool:

@@ -18,14 +18,15 @@ _AIR_RATIO = 4.0
 _BINS = 256
 # Axes with fewer voxels are stacks of (perhaps distant) slices: no shape across them.
 _THIN = 5
-_MIN_SHARE = 1e-4
+# Parts smaller than this share of the largest are debris; larger ones may be vials of a phantom.
+_SMALL_PART = 0.01
 
 
 def quick_mask(volume: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
     """Separate the object from air in one magnitude image.
 
     Otsu's threshold (1979, doi:10.1109/TSMC.1979.4310076) on the logarithm of the positive
-    intensities, opening, largest component, closing, filled holes. The skull stays. An image
+    intensities, opening, removal of small parts, closing, filled holes. The skull stays. An image
     without air around the object is kept whole, as are the positive voxels of an image whose
     background is already zero.
 
@@ -112,7 +113,7 @@ def _otsu(values: npt.NDArray[np.floating]) -> tuple[float, float]:
 
 
 def _clean(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Opening, largest component, closing, filled holes; the image border is no edge."""
+    """Open, remove small parts, close, fill holes; the border of the image is no edge."""
     cross = ndimage.generate_binary_structure(3, 1)
     for axis, size in enumerate(mask.shape):
         if size < _THIN:
@@ -123,9 +124,10 @@ def _clean(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     opened = ndimage.binary_dilation(ndimage.binary_erosion(mask, cross, border_value=1), cross)
     opened &= mask
     labels, n = ndimage.label(opened if opened.any() else mask, np.ones((3, 3, 3)))
-    if n > 1:
-        labels = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+    sizes = np.bincount(labels.ravel(), minlength=n + 1)
+    sizes[0] = 0
+    kept = (sizes >= _SMALL_PART * sizes.max())[labels] & (labels > 0)
     closed = ndimage.binary_erosion(
-        ndimage.binary_dilation(labels > 0, cross, iterations=2), cross, 2, border_value=1
+        ndimage.binary_dilation(kept, cross, iterations=2), cross, 2, border_value=1
     )
-    return ndimage.binary_fill_holes(closed | (labels > 0), cross)
+    return ndimage.binary_fill_holes(closed | kept, cross)

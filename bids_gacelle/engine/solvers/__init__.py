@@ -1,0 +1,30 @@
+"""Solvers: one file each, found by name; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+from bids_gacelle.engine.solvers.base import Problem, Settings, Solution, Solver
+
+SOLVERS: dict[str, str] = {
+    "lm": "bids_gacelle.engine.solvers.lm:solve",
+    "linear": "bids_gacelle.engine.solvers.linear:solve",
+}
+
+
+def get_solver(name: str) -> Solver:
+    """Return a solver by its name.
+
+    Raises
+    ------
+    ValueError
+        No solver has this name.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"There is no solver {name!r}; known are {', '.join(SOLVERS)}.")
+    module, _, function = SOLVERS[name].partition(":")
+    solver: Solver = getattr(importlib.import_module(module), function)
+    return solver
+
+
+__all__ = ["SOLVERS", "Problem", "Settings", "Solution", "Solver", "get_solver"]

@@ -1,0 +1,377 @@
+"""Images of one session that belong together, as series with everything their sidecars say."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+
+from bids_gacelle.bids.files import BidsFile, Dataset
+from bids_gacelle.bids.gradients import check_b_values, read_gradients, shells
+from bids_gacelle.bids.metadata import MetadataError, Sidecars, constant_fields, sourced
+from bids_gacelle.bids.names import reference_path
+from bids_gacelle.bids.options import Context
+from bids_gacelle.bids.queries import matches
+from bids_gacelle.bids.series import DwiRun, Kind, Series
+from bids_gacelle.bids.timing import RunImage, resolve_timing
+
+# Entities that tell the images of one series apart, or that do not survive the fit.
+_NOT_KEPT = frozenset({"sub", "ses", "echo", "flip", "inv", "mt", "part", "desc"})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A series as far as it could be put together.
+
+    ``problem`` stops every model, ``timing_problem`` those that need diffusion times.
+    ``measurements`` are the distinct echo times, flip angles or shells; ``warnings`` and ``notes``
+    are sentences of the classes WARNING and INFO.
+    """
+
+    series: Series
+    files: tuple[BidsFile, ...]
+    measurements: tuple[str, ...] = ()
+    problem: MetadataError | None = None
+    timing_problem: MetadataError | None = None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def find_candidates(kind: Kind, context: Context, subject: str, session: str) -> list[Candidate]:
+    """Series of a kind in one session ("" for images outside sessions), in the order of names."""
+    if kind == "dwi":
+        found = _dwi_candidates(context, subject, session)
+    else:
+        wanted = context.queries[kind]
+        images = [
+            f for f in context.raw.images(subject) if f.session == session and matches(wanted, f)
+        ]
+        build = {"megre": _megre, "vfa": _vfa}[kind]
+        found = [build(files, context) for files in _groups(images)]
+    return [_nameable(c) for c in found]
+
+
+def kept_entities(file: BidsFile) -> dict[str, str]:
+    """Entities that the names of maps keep."""
+    return {k: v for k, v in file.entities.items() if k not in _NOT_KEPT}
+
+
+def _nameable(candidate: Candidate) -> Candidate:
+    """Refuse series with entities that the names of maps cannot keep."""
+    try:
+        reference_path(candidate.series)
+    except ValueError as error:
+        file = candidate.files[0]
+        problem = MetadataError(
+            f"`{file.label}` cannot give its name to maps ({error}); rename its files.", file.path
+        )
+        return replace(candidate, problem=problem)
+    return candidate
+
+
+def _groups(images: Iterable[BidsFile]) -> list[list[BidsFile]]:
+    groups = defaultdict(list)
+    for image in images:
+        groups[tuple(kept_entities(image).items())].append(image)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _megre(files: Sequence[BidsFile], context: Context) -> Candidate:
+    start, magnitude = _start("megre", files)
+    sidecars = [Sidecars(context.raw, f) for f in magnitude]
+    try:
+        _require_magnitude(files, magnitude)
+        echo_time = sourced("EchoTime", sidecars, context.options.assume_ms)
+    except MetadataError as error:
+        return replace(start, problem=error)
+    order = np.argsort(echo_time.values, kind="stable")
+    echo_time = replace(
+        echo_time,
+        values=tuple(echo_time.values[i] for i in order),
+        sources=tuple(echo_time.sources[i] for i in order),
+    )
+    images = [magnitude[i] for i in order]
+    for first, second in zip(range(len(order)), range(1, len(order)), strict=False):
+        if echo_time.values[first] == echo_time.values[second]:
+            problem = MetadataError(
+                f"`{images[first].label}` and `{images[second].label}` have the same EchoTime "
+                f"{echo_time.values[first]:g} s (from {echo_time.sources[first]} and "
+                f"{echo_time.sources[second]}); correct it, or tell them apart by a filter file.",
+                images[second].path,
+                "EchoTime",
+            )
+            return replace(start, problem=problem)
+    series = replace(
+        start.series,
+        images=tuple(str(f.path) for f in images),
+        echo_time=echo_time,
+        metadata=constant_fields(sidecars),
+    )
+    return replace(start, series=series, measurements=_distinct(echo_time.values, "TE {:g} s"))
+
+
+def _vfa(files: Sequence[BidsFile], context: Context) -> Candidate:
+    start, magnitude = _start("vfa", files)
+    try:
+        _require_magnitude(files, magnitude)
+        _require_one_echo(magnitude)
+        sidecars = [Sidecars(context.raw, f) for f in magnitude]
+        for each in sidecars:
+            _refuse_ssfp(each)
+        flips = sourced("FlipAngle", sidecars, context.options.assume_ms)
+        order = np.argsort(flips.values, kind="stable")
+        magnitude, sidecars = [magnitude[i] for i in order], [sidecars[i] for i in order]
+        flips = sourced("FlipAngle", sidecars, context.options.assume_ms)
+        _hint_repetition_time(sidecars)
+        repetition = sourced("RepetitionTimeExcitation", sidecars, context.options.assume_ms)
+    except MetadataError as error:
+        return replace(start, problem=error)
+    series = replace(
+        start.series,
+        images=tuple(str(f.path) for f in magnitude),
+        flip_angle=flips,
+        repetition_time=repetition,
+        metadata=constant_fields(sidecars),
+    )
+    return replace(
+        start, series=series, measurements=_distinct(flips.values, "flip angle {:g} degrees")
+    )
+
+
+def _start(kind: Kind, files: Sequence[BidsFile]) -> tuple[Candidate, list[BidsFile]]:
+    """Give the series without its metadata, and its magnitude images."""
+    magnitude = _magnitude(files)
+    first = files[0]
+    images = tuple(str(f.path) for f in magnitude or files)
+    series = Series(kind, first.subject, first.session, kept_entities(first), images)
+    parts = sorted(
+        {f.entities["part"] for f in files if f not in magnitude and "part" in f.entities}
+    )
+    notes = (f"part-{', part-'.join(parts)} images are not used",) if parts and magnitude else ()
+    return Candidate(series, tuple(files), notes=notes), magnitude
+
+
+def _magnitude(files: Sequence[BidsFile]) -> list[BidsFile]:
+    """``part-mag`` images, or those without ``part`` where there is no ``part-mag``."""
+    chosen: dict[tuple[tuple[str, str], ...], BidsFile] = {}
+    for file in sorted(files, key=lambda f: ("part" not in f.entities, f.path.name)):
+        if file.entities.get("part", "mag") == "mag":
+            key = tuple((k, v) for k, v in file.entities.items() if k != "part")
+            chosen.setdefault(key, file)
+    return sorted(chosen.values(), key=lambda f: f.path.name)
+
+
+def _require_magnitude(files: Sequence[BidsFile], magnitude: Sequence[BidsFile]) -> None:
+    if not magnitude:
+        parts = ", ".join(sorted({f"part-{f.entities['part']}" for f in files}))
+        raise MetadataError(
+            f"`{files[0].label}`: only {parts} images are there; magnitude images are needed.",
+            files[0].path,
+        )
+
+
+def _require_one_echo(files: Sequence[BidsFile]) -> None:
+    echoes = sorted({f.entities["echo"] for f in files if "echo" in f.entities})
+    if len(echoes) > 1:
+        raise MetadataError(
+            f"`{files[0].label}`: {len(echoes)} echoes (echo-{', echo-'.join(echoes)}) per flip "
+            "angle; T1 from variable flip angles needs one image per flip angle. Choose an echo "
+            f'with a filter file: {{"vfa": {{"echo": "{echoes[0]}"}}}}.',
+            files[0].path,
+        )
+
+
+def _refuse_ssfp(sidecars: Sidecars) -> None:
+    found = sidecars.find("PulseSequenceType")
+    if found and any(word in str(found.value).upper() for word in ("SSFP", "FISP", "FIESTA")):
+        raise MetadataError(
+            f"`PulseSequenceType` is {found.value!r} in `{found.file.label}`: balanced "
+            "steady-state images need DESPOT2; T1 from variable flip angles needs a spoiled "
+            "gradient echo.",
+            found.file.path,
+            "PulseSequenceType",
+        )
+
+
+def _hint_repetition_time(sidecars: Sequence[Sidecars]) -> None:
+    """Refuse RepetitionTime alone, as converters often write it: it need not be the same."""
+    for each in sidecars:
+        other = each.find("RepetitionTime")
+        if other and each.find("RepetitionTimeExcitation") is None:
+            raise MetadataError(
+                f"`RepetitionTimeExcitation` missing for `{each.image.label}`. Looked in: "
+                f'{each.looked_in()}. `{other.file.label}` has "RepetitionTime": {other.value}; '
+                "if that is the time from one excitation pulse to the next, add it as "
+                f'"RepetitionTimeExcitation" (s), for all images in {each.image.suffix}.json at '
+                "the root of the dataset.",
+                each.image.path,
+                "RepetitionTimeExcitation",
+            )
+
+
+def _distinct(values: Iterable[float], text: str) -> tuple[str, ...]:
+    return tuple(text.format(v) for v in sorted(set(values)))
+
+
+# ------------------------------------------------------------------------------------- dwi
+
+
+def _dwi_candidates(context: Context, subject: str, session: str) -> list[Candidate]:
+    """Preprocessed images of the first dataset that has them, else raw ones."""
+    found = [
+        [
+            f
+            for f in d.images(subject)
+            if f.session == session and matches(context.queries["dwi"], f)
+        ]
+        for d in context.datasets
+    ]
+    processed = [p for files in found if (p := [f for f in files if _preprocessed(f)])]
+    raw = [f for f in found[-1] if not _preprocessed(f)]
+    used = processed[0] if processed else raw
+    notes: tuple[str, ...] = ()
+    unused = [f for files in processed[1:] for f in files] + (raw if processed else [])
+    if unused:
+        names = ", ".join(f"`{f.label}`" for f in unused)
+        notes = (f"{names} not used: the session has preprocessed dwi in '{used[0].dataset}'",)
+    single = [_dwi_run(f, context) for f in _without_other_parts(used)]
+    if context.options.combine_dwi:
+        single = _combined(single)
+    return [replace(c, notes=c.notes + notes) for c in single]
+
+
+def _without_other_parts(files: Sequence[BidsFile]) -> list[BidsFile]:
+    return [image for group in _groups(files) for image in _magnitude(group)]
+
+
+def _preprocessed(file: BidsFile) -> bool:
+    return "desc" in file.entities or "space" in file.entities
+
+
+def _dwi_run(image: BidsFile, context: Context) -> Candidate:
+    dataset, threshold = context.dataset(image.dataset), context.options.b0_threshold
+    series = Series(
+        "dwi",
+        image.subject,
+        image.session,
+        kept_entities(image),
+        (str(image.path),),
+        preprocessed=_preprocessed(image),
+        spatial_reference=_spatial_reference(image, dataset),
+        metadata={},
+    )
+    start = Candidate(series, (image,))
+    try:
+        bval, bvec = (_gradient_file(dataset, image, e) for e in (".bval", ".bvec"))
+        b, _ = read_gradients(bval.path, bvec.path)
+        check_b_values(b, threshold, bval.label, bval.path)
+        run = RunImage(dataset, image, b >= threshold)
+        timing = resolve_timing(run, _raw_runs(image, context), context.options)
+        metadata = constant_fields([run.sidecars])
+    except MetadataError as error:
+        return replace(start, problem=error)
+    times = (timing.big_delta, timing.small_delta)
+    found = shells(b, [None if t is None else t.values for t in times], threshold)
+    dwi_run = DwiRun(
+        str(image.path),
+        str(bval.path),
+        str(bvec.path),
+        timing.small_delta,
+        timing.big_delta,
+        timing.echo_time,
+    )
+    return replace(
+        start,
+        series=replace(series, dwi_runs=(dwi_run,), metadata=metadata),
+        measurements=tuple(_shell_name(s) for s in found),
+        timing_problem=timing.problem,
+        warnings=timing.warnings,
+    )
+
+
+def _shell_name(shell: Sequence[float]) -> str:
+    times = "".join(f", {n} {t:g} ms" for n, t in zip(("Delta", "delta"), shell[1:], strict=False))
+    return f"b {shell[0]:.0f} s/mm^2{times}"
+
+
+def _gradient_file(dataset: Dataset, image: BidsFile, extension: str) -> BidsFile:
+    files = dataset.inherited(image, extension)
+    if not files:
+        raise MetadataError(
+            f"No {extension} file for `{image.label}`. Looked for "
+            f"{image.sibling(extension).name} beside it and for a {image.suffix}{extension} that "
+            "it inherits, up to the root of the dataset.",
+            image.path,
+        )
+    return files[0]
+
+
+def _raw_runs(image: BidsFile, context: Context) -> list[tuple[Dataset, BidsFile]]:
+    """Raw runs that a preprocessed image may stem from: its entities are theirs too."""
+    if not _preprocessed(image):
+        return []
+    said = {k: v for k, v in image.entities.items() if k not in ("space", "desc", "res")}
+    return [
+        (context.raw, f)
+        for f in context.raw.images(image.subject)
+        if f.session == image.session
+        and f.suffix == "dwi"
+        and f.datatype == "dwi"
+        and not _preprocessed(f)
+        and f.entities.get("part", "mag") == "mag"
+        and said.items() <= f.entities.items()
+    ]
+
+
+def _spatial_reference(image: BidsFile, dataset: Dataset) -> str:
+    """BIDS URI of the anatomical image that spans the space of a preprocessed one."""
+    space = image.entities.get("space")
+    for session, file in product((image.session, ""), dataset.images(image.subject)):
+        if (
+            space
+            and file.datatype == "anat"
+            and file.session == session
+            and file.suffix in ("T1w", "T2w")
+            and file.entities.get("desc") == "preproc"
+            and file.entities.get("space", "T1w") == space
+        ):
+            return file.uri
+    return ""
+
+
+def _combined(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """All runs of a session that share a space as one series; runs with a problem stop it."""
+    spaces = defaultdict(list)
+    for candidate in candidates:
+        spaces[candidate.series.entities.get("space")].append(candidate)
+    return [_join(members) for members in spaces.values()]
+
+
+def _join(members: Sequence[Candidate]) -> Candidate:
+    if len(members) == 1:
+        return members[0]
+    runs = [c.series for c in members]
+    first = runs[0].entities.items()
+    entities = {k: v for k, v in first if all(r.entities.get(k) == v for r in runs)}
+    metadata = {
+        k: v for k, v in runs[0].metadata.items() if all(r.metadata.get(k) == v for r in runs)
+    }
+    series = replace(
+        runs[0],
+        entities=entities,
+        images=tuple(i for r in runs for i in r.images),
+        dwi_runs=tuple(d for r in runs for d in r.dwi_runs),
+        metadata=metadata,
+    )
+    return Candidate(
+        series,
+        tuple(f for c in members for f in c.files),
+        tuple(dict.fromkeys(m for c in members for m in c.measurements)),
+        next((c.problem for c in members if c.problem), None),
+        next((c.timing_problem for c in members if c.timing_problem), None),
+        tuple(w for c in members for w in c.warnings),
+        tuple(n for c in members for n in c.notes),
+    )

@@ -1,0 +1,207 @@
+"""What a series is fitted with: mask, transmit-field map, segmentations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bids_gacelle.bids.candidates import Candidate, kept_entities
+from bids_gacelle.bids.files import NIFTI, BidsFile
+from bids_gacelle.bids.metadata import MetadataError, Sidecars
+from bids_gacelle.bids.options import Context
+from bids_gacelle.bids.queries import matches
+from bids_gacelle.bids.series import Atlas, B1Map, Mask, Series
+
+_RELATIVE = (
+    "1",
+    "relative",
+    "ratio",
+    "fraction",
+    "arbitrary",
+    "unitless",
+    "dimensionless",
+    "p.u.",
+)
+_PERCENT = ("%", "percent", "percentage")
+_OTHER_B1 = ("TB1AFI", "TB1DAM", "TB1EPI", "TB1RFM", "TB1SRGE", "TB1TFL")
+
+
+def add_companions(candidate: Candidate, context: Context) -> Candidate:
+    """Add mask, atlases and (for variable flip angles) B1 map to a candidate."""
+    series = candidate.series
+    if candidate.problem:
+        return candidate
+    mask = find_mask(candidate, context)
+    warnings = candidate.warnings
+    if mask.origin == "quick":
+        warnings += (
+            "no brain mask; a rough one is made from the image. Give one with --mask or "
+            "-d name=path (a desc-brain_mask of the same subject, session and space)",
+        )
+    series = replace(series, mask=mask, atlases=find_atlases(series, context))
+    result = replace(candidate, series=series, warnings=warnings)
+    return _with_b1(result, context) if series.kind == "vfa" else result
+
+
+# ------------------------------------------------------------------------------------ mask
+
+
+def find_mask(candidate: Candidate, context: Context) -> Mask:
+    """``--mask``, else the best fitting brain mask of each image's space, else a quick one."""
+    if context.options.mask:
+        return Mask("option", (str(context.options.mask),))
+    if candidate.series.kind == "dwi":
+        chosen = [_best_mask(file, context) for file in candidate.files]
+    else:
+        chosen = [_best_mask(candidate.files[0], context)]
+    images = tuple(dict.fromkeys(str(f.path) for f in chosen if f))
+    return Mask("derivatives", images) if images else Mask("quick")
+
+
+def _best_mask(image: BidsFile, context: Context) -> BidsFile | None:
+    """Choose the mask with most entities of the image; it may lack some, contradict none."""
+    query = context.queries["mask"]
+    found = [
+        f
+        for f in _around(image.subject, image.session, context)
+        if matches(query, f)
+        and f.datatype == image.datatype
+        and f.entities.get("space") == image.entities.get("space")
+        and _identity(f).items() <= _identity(image).items()
+    ]
+    return max(found, key=lambda f: (f.session == image.session, len(_identity(f))), default=None)
+
+
+def _identity(file: BidsFile) -> dict[str, str]:
+    """Entities that say which acquisition a file belongs to."""
+    described = ("space", "res", "label", "atlas", "seg", "scale")
+    return {k: v for k, v in kept_entities(file).items() if k not in described}
+
+
+def _around(subject: str, session: str, context: Context) -> list[BidsFile]:
+    """Images of the subject in this session, or outside sessions; else in the only session."""
+    files = [f for d in context.datasets for f in d.images(subject)]
+    near = [f for f in files if f.session in (session, "")]
+    sessions = {f.session for f in files if f.session}
+    return files if not session and len(sessions) == 1 else near
+
+
+# ---------------------------------------------------------------------------------- atlases
+
+
+def find_atlases(series: Series, context: Context) -> tuple[Atlas, ...]:
+    """Segmentations given by path, then those of the subject in the space of the series."""
+    taken: set[str] = set()
+    result = []
+    for name, path in context.options.atlases.items():
+        result.append(Atlas(_unique(name, taken), str(path), _table_beside(path)))
+    for file in _around(series.subject, series.session, context):
+        if (
+            matches(context.queries["dseg"], file)
+            and file.entities.get("space") == series.entities.get("space")
+            and _identity(file).items() <= series.entities.items()
+            and file.path not in context.options.atlases.values()
+        ):
+            tables = context.dataset(file.dataset).inherited(file, ".tsv")
+            table = str(tables[0].path) if tables else ""
+            result.append(Atlas(_unique(_atlas_name(file), taken), str(file.path), table))
+    return tuple(result)
+
+
+def _atlas_name(file: BidsFile) -> str:
+    parts = [file.entities[k] for k in ("atlas", "seg", "scale") if k in file.entities]
+    return "".join(parts) or file.entities.get("desc", "") or file.dataset
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    base = re.sub(r"[^0-9a-zA-Z]", "", name)
+    name, count = base, 1
+    while name in taken:
+        count += 1
+        name = f"{base}{count}"
+    taken.add(name)
+    return name
+
+
+def _table_beside(image: Path) -> str:
+    extension = next((e for e in NIFTI if image.name.endswith(e)), image.suffix)
+    table = image.with_name(image.name.removesuffix(extension) + ".tsv")
+    return str(table) if table.is_file() else ""
+
+
+# --------------------------------------------------------------------------------------- B1
+
+
+def _with_b1(candidate: Candidate, context: Context) -> Candidate:
+    series = candidate.series
+    if "tb1" in context.options.ignore:
+        return candidate
+    around = [
+        f
+        for f in _around(series.subject, series.session, context)
+        if f.session in (series.session, "")
+    ]
+    maps = [
+        f
+        for f in around
+        if matches(context.queries["tb1"], f)
+        and f.entities.get("space") == series.entities.get("space")
+    ]
+    if not maps:
+        return _without_b1(candidate, around)
+    maps.sort(key=lambda f: _agreement(f, series), reverse=True)
+    best = [f for f in maps if _agreement(f, series) == _agreement(maps[0], series)]
+    warnings = candidate.warnings
+    if len(best) > 1:
+        names = ", ".join(f"`{f.label}`" for f in best[1:])
+        warnings += (f"B1 map `{best[0].label}` is used; {names} would fit as well",)
+    try:
+        b1, assumed = _b1_map(best[0], context)
+    except MetadataError as error:
+        return replace(candidate, problem=error)
+    return replace(candidate, series=replace(series, b1_map=b1), warnings=warnings + assumed)
+
+
+def _agreement(file: BidsFile, series: Series) -> tuple[bool, int]:
+    """Own session before subject level, then most entities in common."""
+    common = kept_entities(file).items() & series.entities.items()
+    return file.session == series.session, len(common)
+
+
+def _b1_map(file: BidsFile, context: Context) -> tuple[B1Map, tuple[str, ...]]:
+    found = Sidecars(context.dataset(file.dataset), file).find("Units")
+    if found is None:
+        sentence = (
+            f'no "Units" in a sidecar of `{file.label}`: its values are taken as relative '
+            '(1 = nominal flip angle). Add "Units": "percent" if 100 = nominal'
+        )
+        return B1Map(str(file.path), 1.0, f"{file.label} (no Units: relative)"), (sentence,)
+    unit = str(found.value).strip().lower()
+    if unit in _PERCENT or unit in _RELATIVE:
+        factor = 0.01 if unit in _PERCENT else 1.0
+        return B1Map(str(file.path), factor, f"{found.file.label}: Units {found.value}"), ()
+    raise MetadataError(
+        f"`Units` is {found.value!r} in `{found.file.label}`: a B1 map must be relative to the "
+        'nominal flip angle; write "relative" (1 = nominal) or "percent" (100 = nominal), or '
+        "pass --ignore tb1.",
+        found.file.path,
+        "Units",
+    )
+
+
+def _without_b1(candidate: Candidate, around: Iterable[BidsFile]) -> Candidate:
+    others: Sequence[str] = sorted({f.suffix for f in around if f.suffix in _OTHER_B1})
+    notes = candidate.notes
+    if others:
+        notes += (
+            f"{', '.join(others)} images are there but not used: compute a TB1map from them and "
+            "give it with -d name=path",
+        )
+    warnings = (
+        *candidate.warnings,
+        "no B1 map (TB1map): T1 carries the error of the transmit field. Looked in fmap and anat "
+        "of the session, in the dataset and in those given with -d",
+    )
+    return replace(candidate, warnings=warnings, notes=notes)

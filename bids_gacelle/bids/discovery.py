@@ -1,0 +1,315 @@
+"""Which models can be fitted to what in a BIDS dataset, and why the rest cannot."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bids_gacelle.bids.candidates import Candidate, find_candidates
+from bids_gacelle.bids.companions import add_companions
+from bids_gacelle.bids.files import (
+    BidsFile,
+    open_dataset,
+    session_labels,
+    subject_labels,
+)
+from bids_gacelle.bids.metadata import (
+    QUANTITIES,
+    TIMES_IN_MS,
+    MetadataError,
+    Sidecars,
+    per_volume,
+    scalar,
+)
+from bids_gacelle.bids.options import Context, ModelNeeds, Options
+from bids_gacelle.bids.queries import matches, read_filters
+from bids_gacelle.bids.series import Finding, Job, Kind, Plan, Series, Severity
+from bids_gacelle.errors import InputError
+
+__all__ = ["ModelNeeds", "Options", "discover"]
+
+# fmt: off
+_CHECKED_SUFFIXES = frozenset({
+    "MEGRE", "MESE", "VFA", "MPM", "MTS", "MP2RAGE", "IRT1", "TB1AFI", "TB1DAM", "TB1EPI",
+    "TB1RFM", "TB1SRGE", "TB1TFL", "dwi",
+})
+# fmt: on
+_DATATYPE = {"megre": "anat", "vfa": "anat", "dwi": "dwi"}
+_COUNTED = {"megre": "echoes", "vfa": "flip angles", "dwi": "shells"}
+_SHOWN = 10
+
+
+def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> Plan:
+    """Find the series of every session and decide which model can be fitted to which.
+
+    File names and text files are read, images never opened.
+
+    Parameters
+    ----------
+    bids_dir : the dataset, raw or preprocessed.
+    needs : the models asked for.
+    options : what the command line says.
+
+    Returns
+    -------
+    Plan
+        A job per session, model and series; where a session has nothing for a model, one job that
+        says so. ``findings`` hold every message, errors, warnings and notes.
+
+    Raises
+    ------
+    InputError
+        The request itself cannot be met: no dataset there, unknown participant, session, query
+        or metadata field.
+    """
+    subjects = _participants(bids_dir, options.participant_labels)
+    sessions = _sessions(bids_dir, subjects, options)
+    context = _open(bids_dir, subjects, options)
+    findings: dict[Finding, None] = {}
+    jobs: list[Job] = []
+    for subject in subjects:
+        used: set[Path] = set()
+        for session in _units(context, subject, sessions[subject]):
+            for job, found in _session_jobs(context, subject, session, needs, used):
+                jobs.append(job)
+                findings.update(dict.fromkeys(found))
+        findings.update(dict.fromkeys(_unused_poison(context, subject, used)))
+    findings.update(dict.fromkeys(_other_derivatives(context)))
+    datasets = {d.name: str(d.root) for d in (context.raw, *context.derivatives)}
+    return Plan(tuple(jobs), tuple(findings), datasets)
+
+
+# ------------------------------------------------------------------- what is asked for
+
+
+def _participants(bids_dir: Path, wanted: Sequence[str]) -> list[str]:
+    if not bids_dir.exists():
+        raise InputError(f"The dataset {bids_dir} does not exist.")
+    if not bids_dir.is_dir():
+        raise InputError(f"{bids_dir} is a file; give the folder of a BIDS dataset.")
+    there = subject_labels(bids_dir)
+    if not there:
+        hint = "; is the dataset one of the folders in it?" if any(bids_dir.iterdir()) else ""
+        raise InputError(f"{bids_dir} is no BIDS dataset: it has no folder sub-<label>{hint}")
+    return _chosen("participant", "sub-", wanted, there, str(bids_dir))
+
+
+def _sessions(bids_dir: Path, subjects: Sequence[str], options: Options) -> dict[str, list[str]]:
+    """Wanted sessions of each subject, [""] and more where all are wanted."""
+    roots = [bids_dir, *options.derivatives.values()]
+    there = {
+        s: sorted({label for root in roots for label in session_labels(root, s)}) for s in subjects
+    }
+    if not options.session_labels:
+        return {s: ["", *labels] for s, labels in there.items()}
+    everything = sorted({label for labels in there.values() for label in labels})
+    wanted = _chosen("session", "ses-", options.session_labels, everything, str(bids_dir))
+    return {s: [label for label in labels if label in wanted] for s, labels in there.items()}
+
+
+def _chosen(
+    what: str, prefix: str, wanted: Sequence[str], there: Sequence[str], where: str
+) -> list[str]:
+    if not wanted:
+        return list(there)
+    labels = [w.removeprefix(prefix) for w in wanted]
+    for label in labels:
+        if label not in there:
+            near = difflib.get_close_matches(label, there, n=1)
+            guess = f" Did you mean {near[0]}?" if near else ""
+            shown = ", ".join(there[:_SHOWN]) + (", ..." if len(there) > _SHOWN else "")
+            listed = f"it has {len(there)}: {shown}" if there else "it has none"
+            raise InputError(f"No {what} '{label}' in {where}; {listed}.{guess}")
+    return [label for label in there if label in labels]
+
+
+def _open(bids_dir: Path, subjects: Sequence[str], options: Options) -> Context:
+    queries = read_filters(options.filters)
+    for field in options.assume_ms:
+        if field not in TIMES_IN_MS:
+            valid = ", ".join(TIMES_IN_MS)
+            raise InputError(f"--assume-ms {field}: not a field read in s; valid are {valid}.")
+    for name, path in options.derivatives.items():
+        if name == "raw":
+            raise InputError("The name raw stands for the dataset itself; rename -d raw=... .")
+        if not path.is_dir():
+            raise InputError(f"-d {name}={path}: there is no such folder.")
+    raw = open_dataset("raw", bids_dir, subjects, options.database_dir)
+    derivatives = tuple(
+        open_dataset(name, path, subjects, options.database_dir)
+        for name, path in options.derivatives.items()
+    )
+    return Context(raw, derivatives, options, queries)
+
+
+def _units(context: Context, subject: str, sessions: Sequence[str]) -> list[str]:
+    """Sessions of a subject; "" only if it has no other or holds images that models use."""
+    outside = any(
+        f.session == ""
+        and any(matches(context.queries[k], f) for k in ("megre", "vfa", "mpm", "dwi"))
+        for d in context.datasets
+        for f in d.images(subject)
+    )
+    return [s for s in sessions if s or outside or sessions == [""]]
+
+
+# ---------------------------------------------------------------------------------- jobs
+
+
+def _session_jobs(
+    context: Context, subject: str, session: str, needs: Sequence[ModelNeeds], used: set[Path]
+) -> Iterator[tuple[Job, list[Finding]]]:
+    """Jobs of one session with their findings; ``used`` collects the images looked at."""
+    of_kind: dict[Kind, list[Candidate]] = {}
+    for need in needs:
+        if need.kind not in of_kind:
+            found = find_candidates(need.kind, context, subject, session)
+            of_kind[need.kind] = [add_companions(c, context) for c in found]
+            used.update(f.path for c in found for f in c.files)
+        for candidate in of_kind[need.kind]:
+            yield _job(candidate, need)
+        if not of_kind[need.kind]:
+            yield _nothing(context, subject, session, need)
+
+
+def _job(candidate: Candidate, need: ModelNeeds) -> tuple[Job, list[Finding]]:
+    series = candidate.series
+    problem = _problem(candidate, need)
+    if problem:
+        return Job(series, need.name, str(problem)), [_skipped(series, need.name, problem)]
+    prefix = f"{_place(series)} {series.label}: "
+    findings = [_finding("warning", series, prefix + w + ".") for w in _warnings(candidate)]
+    findings += [_finding("info", series, prefix + n + ".") for n in candidate.notes]
+    return Job(series, need.name), findings
+
+
+def _problem(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
+    """Why the model cannot be fitted to the series, None if it can."""
+    if candidate.problem:
+        return candidate.problem
+    few = _too_few(candidate, need)
+    times = candidate.timing_problem if need.needs_diffusion_times else None
+    if few and times:  # said together: adding the times alone would not help
+        return MetadataError(f"{few} Also, {times}", times.file, times.field)
+    return few or times
+
+
+def _warnings(candidate: Candidate) -> list[str]:
+    result = list(candidate.warnings)
+    if candidate.series.kind == "dwi" and not candidate.series.preprocessed:
+        result.append(
+            "fitted without preprocessing (raw dwi: no correction of noise, eddy currents, motion)"
+        )
+    return result
+
+
+def _too_few(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
+    found = candidate.measurements
+    if len(found) >= need.minimum_measurements:
+        return None
+    counted, advice = _COUNTED[need.kind], ""
+    if need.kind == "dwi":
+        counted += " (b-values or diffusion times)"
+        advice = " More runs of a session can be joined with --combine-dwi."
+    first = candidate.files[0]
+    there = f"`{first.label}`" + (" and its like have" if len(candidate.files) > 1 else " has")
+    return MetadataError(
+        f"{need.name} needs at least {need.minimum_measurements} different {counted}, but {there} "
+        f"{len(found)} ({'; '.join(found)}).{advice}",
+        first.path,
+    )
+
+
+def _nothing(
+    context: Context, subject: str, session: str, need: ModelNeeds
+) -> tuple[Job, list[Finding]]:
+    """Make the job of a session that has no image for a model."""
+    series = Series(need.kind, subject, session, {}, ())
+    query = context.queries[need.kind]
+    suffix, folder = query["suffix"], f"{_place(series)}/{_DATATYPE[need.kind]}"
+    here = [f for d in context.datasets for f in d.images(subject) if f.session == session]
+    reason = f"no {suffix} images in {folder}"
+    if need.kind in context.options.filters:
+        reason += " that match the filter file"
+    others = [f.label for f in here if f.suffix == suffix and f.datatype == _DATATYPE[need.kind]]
+    if others:
+        rules = {k: v for k, v in query.items() if k not in ("suffix", "datatype")}
+        listed = ", ".join(others[:_SHOWN])
+        reason += f" (there are {listed}, but the entities must be {json.dumps(rules)})"
+    contrasts = {f.entities.get("acq", "") for f in here if matches(context.queries["mpm"], f)}
+    if contrasts and need.kind != "dwi":
+        listed = ", ".join(sorted(contrasts))
+        reason += f" (there are MPM images ({listed}), which no model here is fitted to yet)"
+    message = f"{_place(series)} model {need.name} skipped: {reason}."
+    finding = Finding("info", message, subject, session, need.name)
+    return Job(series, need.name, reason), [finding]
+
+
+def _skipped(series: Series, model: str, problem: MetadataError) -> Finding:
+    """ERROR: why a model is not fitted to a series that is there."""
+    message = f"{_place(series)} {series.label} model {model} skipped: {problem}"
+    return Finding(
+        "error", message, series.subject, series.session, model, problem.file, problem.field
+    )
+
+
+def _finding(severity: Severity, series: Series, message: str) -> Finding:
+    return Finding(severity, message, series.subject, series.session, file=series.images[0])
+
+
+def _place(series: Series) -> str:
+    return f"sub-{series.subject}" + (f"/ses-{series.session}" if series.session else "")
+
+
+# ------------------------------------------------------------- beside what is fitted
+
+
+def _unused_poison(context: Context, subject: str, used: set[Path]) -> Iterator[Finding]:
+    """Values that cannot be right in raw images which no model asked for uses."""
+    for image in context.raw.images(subject):
+        if image.path in used or image.suffix not in _CHECKED_SUFFIXES:
+            continue
+        sidecars = Sidecars(context.raw, image)
+        for field in QUANTITIES:
+            try:
+                _check_field(field, image, sidecars, context.options.assume_ms)
+            except MetadataError as error:
+                subject_of = subject if f"sub-{subject}" in Path(error.file).parts else ""
+                message = f"{error} (No model asked for uses `{image.suffix}` images.)"
+                yield Finding("error", message, subject_of, "", "", error.file, error.field)
+
+
+def _check_field(
+    field: str, image: BidsFile, sidecars: Sidecars, assume_ms: Sequence[str]
+) -> None:
+    found = sidecars.find(field)
+    if found is None:
+        return
+    if isinstance(found.value, list):  # per volume or per echo: each must make sense
+        per_volume(found, field, len(found.value), assume_ms)
+    else:
+        scalar(found, field, assume_ms)
+
+
+def _other_derivatives(context: Context) -> Iterator[Finding]:
+    """One note on derivatives that lie in the dataset and were not given."""
+    folder = context.raw.root / "derivatives"
+    given = {d.root.resolve() for d in context.derivatives}
+    there = [
+        p
+        for p in (sorted(folder.iterdir()) if folder.is_dir() else [])
+        if p.is_dir() and p.resolve() not in given and _is_dataset(p)
+    ]
+    if there:
+        names = ", ".join(f"derivatives/{p.name}" for p in there)
+        message = (
+            f"{names} in the dataset not used. To use masks, segmentations, B1 maps or "
+            f"preprocessed dwi from there, give e.g. -d {there[0].name}={there[0]}."
+        )
+        yield Finding("info", message, file=str(folder))
+
+
+def _is_dataset(folder: Path) -> bool:
+    return (folder / "dataset_description.json").exists() or bool(subject_labels(folder))

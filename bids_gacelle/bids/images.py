@@ -1,0 +1,266 @@
+"""Headers of the images of a job: whether they can be read and lie on one grid."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
+
+from bids_gacelle.bids.gradients import read_gradients
+from bids_gacelle.bids.metadata import MetadataError
+from bids_gacelle.bids.series import Atlas, Finding, Job, Mask, Severity
+
+_TOLERANCE = 0.1  # voxel edges by which a corner of the volume may be off
+_USUAL_B1 = (0.3, 2.0)  # median of a relative B1 map over its positive values
+_UNREADABLE = (EOFError, ImageFileError, HeaderDataError, OSError, ValueError, zlib.error)
+
+
+def check_images(job: Job) -> list[Finding]:
+    """Return the findings of `review_images`; errors make the job ineligible."""
+    return review_images(job)[1]
+
+
+def review_images(job: Job) -> tuple[Job, list[Finding]]:
+    """Open the headers of everything a job needs.
+
+    Data are read only of a B1 map, whose median must agree with its unit.
+
+    Returns
+    -------
+    job : with ``reason`` set where images cannot be fitted, without the segmentations that are
+        not on their grid, and with a quick mask where the one found is not.
+    findings : each names the file.
+    """
+    if not job.eligible:
+        return job, []
+    findings: list[Finding] = []
+
+    def report(severity: Severity, problem: MetadataError) -> None:
+        series = job.series
+        place = f"sub-{series.subject}" + (f"/ses-{series.session}" if series.session else "")
+        verb = " skipped" if severity == "error" else ""
+        message = f"{place} {series.label} model {job.model}{verb}: {problem}"
+        findings.append(
+            Finding(severity, message, series.subject, series.session, job.model, problem.file)
+        )
+
+    try:
+        reference = _check_series(job)
+        mask = _checked_mask(job.series.mask, reference, report)
+        if job.series.b1_map:
+            _check_b1(Path(job.series.b1_map.image), job.series.b1_map.factor)
+        atlases = tuple(_usable_atlases(job.series.atlases, reference, report))
+    except MetadataError as problem:
+        report("error", problem)
+        return replace(job, reason=str(problem)), findings
+    return replace(job, series=replace(job.series, mask=mask, atlases=atlases)), findings
+
+
+def _check_series(job: Job) -> SpatialImage:
+    """Refuse images of one fit that cannot be read, or differ in grid or number of volumes."""
+    series = job.series
+    images = [_open(Path(p)) for p in series.images]
+    for image in images:
+        if series.kind != "dwi":
+            _require_3d(image)
+        _require_same_grid(image, images[0])
+    for run, image in zip(series.dwi_runs, images, strict=False):
+        bval, _ = read_gradients(run.bval, run.bvec)
+        _require_volumes(image, len(bval), Path(run.bval).name)
+    return images[0]
+
+
+def _checked_mask(
+    mask: Mask, reference: SpatialImage, report: Callable[[Severity, MetadataError], None]
+) -> Mask:
+    """Replace a mask from derivatives that does not fit by a quick one; ``--mask`` must fit."""
+    try:
+        for path in map(Path, mask.images):
+            image = _open(path)
+            _require_3d(image)
+            _require_same_grid(image, reference)
+    except MetadataError as problem:
+        if mask.origin == "option":
+            raise
+        report(
+            "warning",
+            MetadataError(f"{problem} A rough mask is made from the image instead.", problem.file),
+        )
+        return Mask("quick")
+    return mask
+
+
+def _usable_atlases(
+    atlases: tuple[Atlas, ...],
+    reference: SpatialImage,
+    report: Callable[[Severity, MetadataError], None],
+) -> Iterator[Atlas]:
+    for atlas in atlases:
+        try:
+            image = _open(Path(atlas.image))
+            _require_3d(image)
+            _require_same_grid(image, reference)
+        except MetadataError as problem:
+            text = f"{problem} No ROI table is made for the atlas '{atlas.name}'."
+            report("warning", MetadataError(text, problem.file))
+        else:
+            yield atlas
+
+
+def _check_b1(path: Path, factor: float) -> None:
+    image = _open(path)
+    _require_3d(image)
+    try:
+        values = np.asarray(image.dataobj, dtype=np.float64)
+    except _UNREADABLE as error:
+        raise MetadataError(_unreadable(path, error), path) from None
+    values = values[np.isfinite(values) & (values > 0)]
+    if values.size == 0:
+        raise MetadataError(f"B1 map `{path}` has no positive value; pass --ignore tb1.", path)
+    median = float(np.median(values))
+    low, high = _USUAL_B1
+    if low <= median * factor <= high:
+        return
+    unit = {1.0: "relative (1 = nominal)", 0.01: "percent (100 = nominal)"}.get(factor, "other")
+    probably = next(
+        (u for f, u in ((1.0, "relative"), (0.01, "percent")) if low <= median * f <= high), ""
+    )
+    advice = (
+        f"probably they are {probably}: correct Units in its sidecar" if probably else "correct it"
+    )
+    raise MetadataError(
+        f"B1 map `{path}`: the median of its values is {median:.4g}, which cannot be {unit}; "
+        f"{advice}, or pass --ignore tb1.",
+        path,
+        "Units",
+    )
+
+
+# ------------------------------------------------------------------------------ one image
+
+
+def _open(path: Path) -> SpatialImage:
+    """Open an image without reading its data; refuse a file that cannot be one."""
+    if not path.exists():
+        link = path.is_symlink()
+        why = "is a link to a file that is not there (datalad get?)" if link else "does not exist"
+        raise MetadataError(f"`{path}` {why}.", path)
+    if path.stat().st_size == 0:
+        raise MetadataError(f"`{path}` is empty (0 bytes); fetch or convert it again.", path)
+    try:
+        image = nib.load(path)
+        if not isinstance(image, SpatialImage):
+            raise ImageFileError(f"it is {type(image).__name__}")
+        if image.get_data_dtype().kind not in "biuf":
+            raise ImageFileError(f"its values are {image.get_data_dtype()}, not real numbers")
+        if abs(np.linalg.det(image.affine[:3, :3])) < 1e-12 or not np.isfinite(image.affine).all():
+            raise ImageFileError("its affine is singular")
+        _require_all_data(path, image)
+    except _UNREADABLE as error:
+        raise MetadataError(_unreadable(path, error), path) from None
+    return image
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = str(error).split("\n")[0].rstrip(".") or type(error).__name__
+    return (
+        f"`{path}` cannot be read as an image ({reason}): it is truncated, corrupt or no NIfTI "
+        "file; fetch or convert it again."
+    )
+
+
+def _require_all_data(path: Path, image: SpatialImage) -> None:
+    """Find files that end before their data do, without reading the data."""
+    header = image.header
+    if not isinstance(header, nib.Nifti1Header):
+        return
+    proxy: Any = image.dataobj
+    needed = int(proxy.offset) + int(np.prod(image.shape)) * header.get_data_dtype().itemsize
+    if path.suffix != ".gz":
+        size = path.stat().st_size
+    elif _gzip_size(path) >= needed:
+        return
+    else:  # several gzip members, more than 4 GB, or truncated: only reading tells
+        size = _count_bytes(path)
+    if size < needed:
+        raise EOFError(f"{size} of {needed} bytes are there")
+
+
+def _gzip_size(path: Path) -> int:
+    """Uncompressed size modulo 2^32, from the last 4 bytes of the file (RFC 1952)."""
+    with path.open("rb") as file:
+        file.seek(-4, 2)
+        return int.from_bytes(file.read(4), "little")
+
+
+def _count_bytes(path: Path) -> int:
+    count = 0
+    with gzip.open(path) as file:
+        while block := file.read(1 << 24):
+            count += len(block)
+    return count
+
+
+def _path(image: SpatialImage) -> Path:
+    return Path(str(image.get_filename()))
+
+
+def _require_3d(image: SpatialImage) -> None:
+    if len(image.shape) < 3 or any(n != 1 for n in image.shape[3:]):
+        raise MetadataError(
+            f"`{_path(image)}` has the shape {_shape(image.shape)}; one 3D volume is needed.",
+            _path(image),
+        )
+
+
+def _require_volumes(image: SpatialImage, n: int, bval: str) -> None:
+    path = _path(image)
+    if len(image.shape) != 4:
+        raise MetadataError(
+            f"`{path}` has the shape {_shape(image.shape)}; a dwi must be 4D, with the {n} "
+            f"volumes that {bval} lists.",
+            path,
+        )
+    if image.shape[3] != n:
+        raise MetadataError(
+            f"`{path}` has {image.shape[3]} volumes, but {bval} has {n} b-values; one of the two "
+            "is not complete.",
+            path,
+        )
+
+
+def _require_same_grid(image: SpatialImage, reference: SpatialImage) -> None:
+    """Refuse another shape, or an affine that moves a corner of the volume visibly."""
+    path, other = _path(image), _path(reference).name
+    if image.shape[:3] != reference.shape[:3]:
+        raise MetadataError(
+            f"`{path}` is not on the grid of `{other}`: its shape is "
+            f"{_shape(image.shape[:3])}, not {_shape(reference.shape[:3])}.",
+            path,
+        )
+    corners = np.array([[*c, 1] for c in product(*((0, n - 1) for n in image.shape[:3]))])
+    shift = np.linalg.norm((corners @ (image.affine - reference.affine).T)[:, :3], axis=1).max()
+    if shift > _TOLERANCE * _smallest_edge(reference.affine):
+        raise MetadataError(
+            f"`{path}` is not on the grid of `{other}`: their affines put a corner "
+            f"of the volume {shift:.3g} mm apart.",
+            path,
+        )
+
+
+def _smallest_edge(affine: npt.NDArray[np.floating]) -> float:
+    return float(nib.affines.voxel_sizes(affine).min())
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

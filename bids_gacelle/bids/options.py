@@ -1,0 +1,63 @@
+"""What the caller of discovery wants: options of the command line and needs of the models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bids_gacelle.bids.files import Dataset
+from bids_gacelle.bids.series import Kind
+
+
+@dataclass(frozen=True)
+class ModelNeeds:
+    """What a model must have to be fitted.
+
+    ``minimum_measurements`` counts echoes (megre), flip angles (vfa) or shells (dwi).
+    """
+
+    name: str
+    kind: Kind
+    needs_diffusion_times: bool = False
+    minimum_measurements: int = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which part of the dataset is used and how; the defaults ask for all of it."""
+
+    participant_labels: tuple[str, ...] = ()
+    session_labels: tuple[str, ...] = ()
+    filters: Mapping[str, Any] = field(default_factory=dict)
+    derivatives: Mapping[str, Path] = field(default_factory=dict)
+    mask: Path | None = None
+    atlases: Mapping[str, Path] = field(default_factory=dict)
+    combine_dwi: bool = False
+    small_delta_ms: float | None = None
+    big_delta_ms: float | None = None
+    timing_file: Path | None = None
+    b0_threshold: float = 100.0
+    assume_ms: tuple[str, ...] = ()
+    database_dir: Path | None = None
+    ignore: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """The opened datasets together with what is asked of them."""
+
+    raw: Dataset
+    derivatives: tuple[Dataset, ...]
+    options: Options
+    queries: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        """All datasets, those given by the user first: what they hold was chosen for this run."""
+        return (*self.derivatives, self.raw)
+
+    def dataset(self, name: str) -> Dataset:
+        """Look up a dataset by its name."""
+        return next(d for d in self.datasets if d.name == name)

@@ -1,0 +1,49 @@
+"""Where to compute."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called "auto", "cpu", "cuda" or "cuda:<n>".
+
+    "auto" is the first GPU that can run this build of torch, else the CPU.
+
+    Raises
+    ------
+    ValueError
+        The name is unknown, or the GPU asked for is not there or cannot be used.
+    """
+    if name == "auto":
+        problem = _cuda_problem(torch.device("cuda", 0))
+        if problem and torch.cuda.is_available():
+            logger.warning("The GPU cannot be used (%s): computing on the CPU.", problem)
+        return torch.device("cpu") if problem else torch.device("cuda", 0)
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"Device {name!r} is unknown; give auto, cpu, cuda or cuda:<number>.")
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(index or 0))
+    problem = _cuda_problem(device)
+    if problem:
+        raise ValueError(f"Device {name!r} was asked for but {problem}; use 'auto' or 'cpu'.")
+    return device
+
+
+def _cuda_problem(device: torch.device) -> str:
+    """Say why a GPU cannot be used, or "" when a small computation on it succeeds."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    if (device.index or 0) >= torch.cuda.device_count():
+        return f"there are only {torch.cuda.device_count()} GPUs"
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        return f"it does not work with this torch: {str(error).splitlines()[0]}"
+    return ""

@@ -1,0 +1,245 @@
+"""The one entry point: arrays in, maps with their uncertainty out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from bids_gacelle.engine.blocks import default_block_size, for_blocks
+from bids_gacelle.engine.device import resolve_device
+from bids_gacelle.engine.kernels import Kernel, Voxels, compile_wanted
+from bids_gacelle.engine.models.base import SignalModel
+from bids_gacelle.engine.objective import (
+    Objective,
+    PriorArgument,
+    describe_prior,
+    make_objective,
+)
+from bids_gacelle.engine.result import FitResult, Maps
+from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver
+from bids_gacelle.engine.study import Block, Study
+from bids_gacelle.engine.uncertainty import assess
+
+_PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+
+Progress = Callable[[int, int], None]
+
+
+def fit(
+    model: SignalModel,
+    data: ArrayLike | Tensor,
+    *,
+    mask: ArrayLike | Tensor | None = None,
+    sigma: float | ArrayLike | Tensor | None = None,
+    inputs: Mapping[str, ArrayLike | Tensor] | None = None,
+    solver: str = "lm",
+    noise: str = "gaussian",
+    loss: str = "l2",
+    prior: PriorArgument = None,
+    device: str = "auto",
+    precision: str = "float32",
+    seed: int = 0,
+    starts: int | None = None,
+    block_size: int | None = None,
+    progress: Progress | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> FitResult:
+    """Fit a model to every voxel of a mask.
+
+    Parameters
+    ----------
+    model
+        An instance of a `SignalModel`.
+    data
+        (measurements, *grid), real.
+    mask
+        (*grid); all voxels when left out.
+    sigma
+        Standard deviation of the measurements in the units of the data: a number, (*grid) or
+        (measurements, *grid); infinity excludes a measurement. Left out, each voxel's noise
+        variance is its sum of squares over its degrees of freedom.
+    inputs
+        Voxel inputs of the model, (*grid) each; those left out take the model's default.
+    solver
+        "lm" (least squares, or maximum a posteriori with a prior) or "linear" (closed form).
+    noise, loss
+        "gaussian", "l2".
+    prior
+        None, "weak", or {name: (mean, sd)} in the solver's coordinate (see `Parameter`).
+    device
+        "auto" (a working GPU, else the CPU), "cpu", "cuda" or "cuda:0".
+    precision
+        "float32" or "float64" of the solver; uncertainties are always computed in float64.
+    seed
+        Of the start dictionary.
+    starts
+        Starts per voxel; None: what the model recommends.
+    block_size
+        Voxels on the device at once; None: by memory. Maps do not depend on it.
+    progress
+        Called with (voxels done, voxels in all), both increasing to the number in the mask.
+    options
+        Fields of `solvers.Settings`, such as {"ftol": 1e-8}.
+
+    Returns
+    -------
+    FitResult
+
+    Raises
+    ------
+    ValueError
+        An argument is unknown, or a shape does not match.
+
+    Notes
+    -----
+    A voxel is unusable (flag 4) when a measurement is not finite, the first is not positive
+    (first echo, flip angle or shell), or its sigma or a voxel input is not a positive number.
+    Single non-positive values elsewhere are noise and are fitted.
+    """
+    began = time.perf_counter()
+    objective = make_objective(model, noise, loss, prior)
+    run = get_solver(solver)
+    place = resolve_device(device)
+    if precision not in _PRECISIONS:
+        raise ValueError(f"Precision {precision!r} is unknown; give float32 or float64.")
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be positive, got {block_size}.")
+    study = Study(model, data, mask, sigma, inputs)
+    if objective.prior is not None and study.sigma is None and study.degrees < 1:
+        raise ValueError(
+            f"A prior needs the noise level, but {model.name} has as many parameters as there are "
+            "measurements: give sigma."
+        )
+    tuning = _tune(model.starts if starts is None else starts, seed, options)
+    tuning = replace(tuning, compiled=compile_wanted(study.n * tuning.starts, place))
+    fitter = _Fitter(model, objective, run, _PRECISIONS[precision], place, tuning)
+    maps = Maps(model, study.n)
+    with torch.no_grad(), _full_float32():
+        fitter.fit(study, maps, block_size, progress)
+    settings = {
+        "model": model.name,
+        "solver": solver,
+        "noise": noise,
+        "loss": loss,
+        "prior": describe_prior(model, objective.prior),
+        "device": str(place),
+        "precision": precision,
+        "seed": seed,
+        "starts": tuning.starts,
+        "options": dict(options or {}),
+        "compiled": fitter.compiled,
+    }
+    return maps.result(study, settings | _account(study, maps, time.perf_counter() - began))
+
+
+def _account(study: Study, maps: Maps, seconds: float) -> dict[str, Any]:
+    """Return the settings that are known after the fit."""
+    account: dict[str, Any] = {
+        "sigma": "residual" if study.sigma is None else "given",
+        "degrees_of_freedom": study.degrees,
+        "n_voxels": study.n,
+        "seconds": seconds,
+        "voxels_per_second": study.n / seconds,
+        "at_bound": maps.share_at_bound(),
+    }
+    if study.sigma is None and study.degrees < 1:
+        account["note"] = (
+            "No standard deviations: there are as many parameters as measurements and no sigma."
+        )
+    return account
+
+
+class _Fitter:
+    """Model, objective and solver on one device, applied block by block."""
+
+    def __init__(
+        self,
+        model: SignalModel,
+        objective: Objective,
+        solver: Solver,
+        dtype: torch.dtype,
+        device: torch.device,
+        settings: Settings,
+    ) -> None:
+        self.model, self.solver, self.device, self.settings = model, solver, device, settings
+        self.kernel = Kernel(model, objective, dtype, device)
+        self.exact = Kernel(model, objective, torch.float64, device)
+        self.plain = Kernel(model, replace(objective, prior=None), dtype, device)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code was run."""
+        return any(kernel.runs_compiled for kernel in (self.kernel, self.plain))
+
+    def fit(
+        self, study: Study, maps: Maps, block_size: int | None, progress: Progress | None
+    ) -> None:
+        """Fit all blocks and store them."""
+        per_voxel = 64 * (study.n_measurements + len(self.model.parameters) * self.settings.starts)
+        size = block_size or default_block_size(per_voxel, self.device)
+        done = 0
+
+        def work(start: int, stop: int) -> None:
+            def report(share: float) -> None:
+                nonlocal done
+                now = start + int(share * (stop - start))
+                if progress is not None and now > done:
+                    done = now
+                    progress(done, study.n)
+
+            block = study.block(start, stop, self.device, self.model)
+            if block.usable.any():
+                self._fit_block(block, start, maps, report)
+            report(1.0)
+
+        for_blocks(study.n, size, work)
+
+    def _fit_block(
+        self, block: Block, begin: int, maps: Maps, report: Callable[[float], None]
+    ) -> None:
+        exact = block.voxels
+        if self.kernel.objective.prior is not None and exact.noise_variance is None:
+            exact = exact._replace(noise_variance=self._residual_variance(exact))
+        voxels = exact.map(lambda tensor: tensor.to(self.kernel.dtype))
+        problem = Problem(self.kernel, voxels, self.exact, exact, self.settings, report)
+        solution = self.solver(problem)
+        solution = replace(solution, position=solution.position.double())
+        maps.store(begin, block, self.exact, solution, assess(self.exact, exact, solution))
+
+    def _residual_variance(self, exact: Voxels) -> Tensor:
+        """Return the noise variance of each voxel from its fit without the prior."""
+        voxels = exact.map(lambda tensor: tensor.to(self.kernel.dtype))
+        problem = Problem(self.plain, voxels, self.exact, exact, self.settings)
+        position = self.solver(problem).position.double()
+        plain = Kernel(self.model, self.plain.objective, torch.float64, self.device)
+        cost = plain.normal_equations(position, exact).cost
+        return 2 * cost / (len(exact.data) - len(position))
+
+
+def _tune(starts: int, seed: int, options: Mapping[str, Any] | None) -> Settings:
+    """Return the checked settings of the solver."""
+    if starts < 1:
+        raise ValueError(f"starts must be at least 1, got {starts}.")
+    known = {f.name for f in fields(Settings)} - {"starts", "seed", "compiled"}
+    unknown = sorted(set(options or {}) - known)
+    if unknown:
+        raise ValueError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
+    return Settings(starts=starts, seed=seed, **(options or {}))
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Keep TF32 off in matrix products, whatever the caller has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

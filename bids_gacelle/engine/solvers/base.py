@@ -1,0 +1,106 @@
+"""What every solver takes and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bids_gacelle.engine.kernels import Kernel, Voxels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a solver works; the names are the keys of `fit(options=...)`.
+
+    Attributes
+    ----------
+    starts
+        Number of starts of every voxel.
+    seed
+        Seed of the dictionary.
+    dictionary
+        Number of entries of the start dictionary.
+    max_evaluations
+        A voxel that needs more is "not converged".
+    ftol
+        Stop when the predicted and the actual decrease of the cost fall below this share of it.
+    xtol
+        Stop when every step falls below this share of the width of the start box (for an
+        amplitude: of its value).
+    lanes
+        Number of voxels worked on at once; None: what suits the device.
+    compiled
+        Whether to compile the step.
+    """
+
+    starts: int = 1
+    seed: int = 0
+    dictionary: int = 512
+    max_evaluations: int = 50
+    ftol: float = 1e-5
+    xtol: float = 1e-4
+    lanes: int | None = None
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One block of voxels to fit.
+
+    Attributes
+    ----------
+    kernel, voxels
+        Model and data in the precision of the fit.
+    exact, exact_voxels
+        The same in double precision, for closed forms.
+    report
+        Called with the share of the block that is done.
+    """
+
+    kernel: Kernel
+    voxels: Voxels
+    exact: Kernel
+    exact_voxels: Voxels
+    settings: Settings
+    report: Callable[[float], None] = field(default=lambda share: None)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where a solver ended.
+
+    Attributes
+    ----------
+    position
+        (parameters, voxels) in solver coordinates; NaN where there is no estimate.
+    converged
+        (voxels,) bool.
+    evaluations
+        (voxels,) model evaluations of the winning start.
+    winner
+        (voxels,) index of the winning start.
+    ends, end_costs
+        (starts, parameters, voxels) and (starts, voxels): where every start ended.
+    covariance
+        (parameters, parameters, voxels) in solver coordinates, for a solver that has its own;
+        None: the inverse Hessian is used.
+    """
+
+    position: Tensor
+    converged: Tensor
+    evaluations: Tensor
+    winner: Tensor
+    ends: Tensor
+    end_costs: Tensor
+    covariance: Tensor | None = None
+
+
+Solver = Callable[[Problem], Solution]
+
+
+def default_lanes(device: torch.device) -> int:
+    """Return how many voxels to work on at once: what fits the cache, or fills the device."""
+    return 2048 if device.type == "cpu" else 1 << 17

@@ -1,0 +1,177 @@
+"""The caller's arrays: checked once, then handed out block by block in normalised form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from bids_gacelle.engine.kernels import Voxels
+from bids_gacelle.engine.models.base import SignalModel
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Usable voxels of a block in double precision.
+
+    Attributes
+    ----------
+    voxels
+        Data, weights, noise variance and inputs; data divided by `scale`.
+    scale
+        (usable voxels,) what the data were divided by; 1 for models without an amplitude.
+    usable
+        (voxels of the block,) bool, on the host.
+    """
+
+    voxels: Voxels
+    scale: Tensor
+    usable: NDArray[np.bool_]
+
+
+class Study:
+    """Data, mask, noise and voxel inputs of one fit, kept on the host as they came.
+
+    Parameters
+    ----------
+    model, data, mask, sigma, inputs
+        As in `fit`.
+
+    Attributes
+    ----------
+    n, n_measurements, grid
+        Voxels in the mask, measurements, shape of the maps.
+    index
+        (n,) flat indices of the voxels of the mask.
+    degrees
+        Measurements minus parameters.
+
+    Raises
+    ------
+    ValueError
+        A shape does not match, the data are complex, the mask is empty, sigma is not positive, or
+        the model has no such input.
+    """
+
+    def __init__(
+        self,
+        model: SignalModel,
+        data: ArrayLike | Tensor,
+        mask: ArrayLike | Tensor | None,
+        sigma: float | ArrayLike | Tensor | None,
+        inputs: Mapping[str, ArrayLike | Tensor] | None,
+    ) -> None:
+        array = _host(data)
+        if np.iscomplexobj(array):
+            raise ValueError(f"{model.name} fits real data (magnitudes), got {array.dtype}.")
+        if array.ndim == 0 or array.shape[0] != model.n_measurements:
+            raise ValueError(
+                f"{model.name} expects {model.n_measurements} measurements on the first axis "
+                f"for this acquisition, got data of shape {array.shape}."
+            )
+        self.n_measurements = array.shape[0]
+        self.grid = array.shape[1:]
+        self.degrees = self.n_measurements - len(model.parameters)
+        self._data = array.reshape(self.n_measurements, -1)
+        chosen = np.ones(self.grid, bool) if mask is None else _host(mask).astype(bool)
+        self._require("mask", chosen.shape)
+        self.index = np.flatnonzero(chosen)
+        self.n = len(self.index)
+        if self.n == 0:
+            raise ValueError("The mask holds no voxel: there is nothing to fit.")
+        self.sigma = None if sigma is None else self._read_sigma(sigma)
+        self.inputs: dict[str, Array] = {}
+        for name, value in (inputs or {}).items():
+            if name not in model.voxel_inputs:
+                raise ValueError(
+                    f"{model.name} has no voxel input {name!r}; "
+                    f"it has {', '.join(model.voxel_inputs) or 'none'}."
+                )
+            self._require(f"Voxel input {name}", _host(value).shape)
+            self.inputs[name] = _host(value).reshape(-1)
+
+    def _require(self, what: str, shape: tuple[int, ...]) -> None:
+        if shape != self.grid:
+            raise ValueError(f"{what} has shape {shape} but the data have the grid {self.grid}.")
+
+    def _read_sigma(self, sigma: float | ArrayLike | Tensor) -> Array:
+        """Return sigma as a 0-d, (voxels,) or (measurements, voxels) array."""
+        array = _host(sigma)
+        if array.shape == self.grid and array.ndim:
+            return array.reshape(-1)
+        if array.shape == (self.n_measurements, *self.grid):
+            return array.reshape(self.n_measurements, -1)
+        if array.ndim:
+            raise ValueError(
+                f"sigma has shape {array.shape}; it must be a number, {self.grid} or "
+                f"{(self.n_measurements, *self.grid)}."
+            )
+        if not (np.isfinite(array) and array > 0):  # type: ignore[operator]
+            raise ValueError(f"sigma is {array}; it must be a positive number.")
+        return array
+
+    def block(self, start: int, stop: int, device: torch.device, model: SignalModel) -> Block:
+        """Return the usable voxels from `start` to `stop` of the mask, normalised.
+
+        A voxel is unusable when a measurement is not finite, the first is not positive, or its
+        sigma or a voxel input is not a positive number.
+        """
+        index = self.index[start:stop]
+        data = self._data[:, index].astype(np.float64)
+        usable = np.isfinite(data).all(0) & (data[0] > 0)
+        inputs = {name: value[index].astype(np.float64) for name, value in self.inputs.items()}
+        for value in inputs.values():
+            usable &= np.isfinite(value) & (value > 0)
+        sigma = self._block_sigma(index)
+        if sigma is not None:
+            rows = np.atleast_2d(sigma)
+            usable &= (rows > 0).all(0) & np.isfinite(rows).any(0)
+        data = data[:, usable]
+        has_amplitude = any(p.amplitude for p in model.parameters)
+        scale = np.abs(data).max(0) if has_amplitude else np.ones(data.shape[1])
+        weight, variance = None, None
+        if sigma is not None:
+            weight, variance = _weigh(sigma[..., usable] / scale)
+        as_tensor = lambda a: torch.as_tensor(a, dtype=torch.float64, device=device)  # noqa: E731
+        voxels = Voxels(
+            data=as_tensor(data / scale),
+            weight=None if weight is None else as_tensor(weight),
+            noise_variance=None if variance is None else as_tensor(variance),
+            inputs={name: as_tensor(value[usable]) for name, value in inputs.items()},
+        )
+        return Block(voxels, as_tensor(scale), usable)
+
+    def _block_sigma(self, index: NDArray[np.intp]) -> NDArray[np.float64] | None:
+        """Return sigma of some voxels, (voxels,) or (measurements, voxels)."""
+        if self.sigma is None:
+            return None
+        if self.sigma.ndim == 0:
+            return np.full(len(index), self.sigma, dtype=np.float64)
+        return self.sigma[..., index].astype(np.float64)
+
+
+def _weigh(
+    sigma: NDArray[np.float64],
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float64]]:
+    """Split sigma into weights of mean 1 and the variance at weight 1.
+
+    Weights of mean 1 keep the cost in the units of the normalised data, whatever sigma is.
+    """
+    if sigma.ndim == 1:
+        return None, sigma**2
+    inverse = sigma**-2.0
+    variance = 1 / inverse.mean(0)
+    return inverse * variance, variance
+
+
+def _host(values: ArrayLike | Tensor) -> Array:
+    """Return a numpy view (or copy, from a GPU) of an array or tensor."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values)

@@ -1,0 +1,185 @@
+"""What a fit was made from, and how to say so: hashes, sources, methods text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from bids_gacelle import __version__
+from bids_gacelle.bids.dataset import bids_uri
+from bids_gacelle.bids.series import Series, Sourced, to_json
+from bids_gacelle.bids.sidecar import FitRecord, estimation_text
+from bids_gacelle.engine import get_model
+from bids_gacelle.settings import Settings
+
+FIT_SETTINGS = ("solver", "noise", "prior", "precision", "random_seed", "b0_threshold")
+"""Settings that change the numbers in the maps."""
+
+
+def input_files(series: Series) -> list[tuple[str, str]]:
+    """(role, path) of every file that the maps of a series depend on."""
+    if series.kind == "dwi":
+        roles = []
+        for i, run in enumerate(series.dwi_runs, 1):
+            name = f"run {i}" if len(series.dwi_runs) > 1 else "run"
+            parts = {"image": run.image, "bval": run.bval, "bvec": run.bvec}
+            roles += [(f"dwi {name} {part}", path) for part, path in parts.items()]
+    else:
+        role = {"megre": "echo", "vfa": "flip angle"}[series.kind]
+        roles = [(f"{role} {i}", path) for i, path in enumerate(series.images, 1)]
+    roles += [("mask", path) for path in series.mask.images]
+    if series.b1_map is not None:
+        roles.append(("B1 map", series.b1_map.image))
+    return roles
+
+
+def fit_hash(series: Series, model: str, settings: Settings) -> str:
+    """Digest of everything that decides the maps: inputs, metadata, options, version.
+
+    Two runs with the same hash write the same maps (on the same kind of device).
+    """
+    asked = {name: getattr(settings, name) for name in FIT_SETTINGS}
+    about = to_json(series)
+    for key in ("images", "dwi_runs", "atlases"):
+        about.pop(key)  # paths may differ between machines; the content below counts
+    about["mask"] = about["mask"]["origin"]
+    about["b1_map"] = series.b1_map.factor if series.b1_map else None
+    about["timing"] = [
+        [to_json(getattr(run, k)) for k in ("small_delta", "big_delta", "echo_time")]
+        for run in series.dwi_runs
+    ]
+    content = {
+        "model": model,
+        "options": settings.model_options.get(model, {}),
+        "settings": asked,
+        "series": about,
+        "files": [(role, _digest(path)) for role, path in input_files(series)],
+        "version": __version__,
+    }
+    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sources(series: Series, datasets: dict[str, str]) -> list[str]:
+    """BIDS URIs of the images the maps were computed from."""
+    return [uri for _, uri, _ in listed_inputs(series, datasets) if not uri.endswith((".bval", ".bvec"))]
+
+
+def listed_inputs(series: Series, datasets: dict[str, str]) -> list[tuple[str, str, str]]:
+    """(role, BIDS URI, path) of every input file."""
+    return [(role, bids_uri(path, datasets), path) for role, path in input_files(series)]
+
+
+def fit_record(
+    series: Series,
+    model: Any,
+    settings: Settings,
+    datasets: dict[str, str],
+    fitted: dict[str, Any],
+) -> FitRecord:
+    """What all sidecars of one fit share."""
+    columns = model.scheme.columns()
+    shells = None
+    if series.kind == "dwi":
+        shells = {k: None if v is None else v.tolist() for k, v in columns.items()}
+    return FitRecord(
+        series=series,
+        model=model.name,
+        title=model.title,
+        version=__version__,
+        fit_hash=fit_hash(series, model.name, settings),
+        sources=sources(series, datasets),
+        settings=fitted["settings"],
+        bounds={p.name: p.bounds for p in model.parameters if not p.amplitude},
+        reference=next((r.doi for r in model.references), ""),
+        options=settings.model_options.get(model.name, {}),
+        shells=shells,
+    )
+
+
+def acquisition(series: Series, model: Any) -> list[dict[str, Any]]:
+    """Every acquisition value that the fit used, with the file or option it came from."""
+    if series.kind != "dwi":
+        fields = {
+            "EchoTime": (series.echo_time, "s"),
+            "FlipAngle": (series.flip_angle, "degrees"),
+            "RepetitionTimeExcitation": (series.repetition_time, "s"),
+        }
+        found = [_entry(k, v, unit) for k, (v, unit) in fields.items() if v is not None]
+        if series.b1_map is not None:
+            b1 = series.b1_map
+            found.append(
+                {"name": "B1 factor", "unit": "1", "values": [b1.factor], "sources": [b1.source]}
+            )
+        return found
+    columns = model.scheme.columns()
+    of_shells = {"b": "ms/um^2", "big_delta": "ms", "small_delta": "ms", "echo_time": "s"}
+    labels = {"b": "b", "big_delta": "Delta", "small_delta": "delta", "echo_time": "EchoTime"}
+    found = []
+    for key, unit in of_shells.items():
+        if columns[key] is not None:
+            origin = _dwi_sources(series, key)
+            values = [float(f"{v:.6g}") for v in columns[key]]
+            found.append({"name": labels[key], "unit": unit, "values": values, "sources": origin})
+    if columns["n_directions"] is not None:
+        bvecs = [Path(run.bvec).name for run in series.dwi_runs]
+        counts = [int(n) for n in columns["n_directions"]]
+        found.append({"name": "directions", "unit": "1", "values": counts, "sources": bvecs})
+    return found
+
+
+def methods_text(series: Series, model: Any, fitted: dict[str, Any], mask: dict[str, Any]) -> str:
+    """The paragraph a paper needs, from what was really done."""
+    done = fitted["settings"]
+    images = {
+        "megre": f"the magnitude of {len(series.images)} gradient echoes",
+        "vfa": f"{len(series.images)} spoiled gradient-echo images of different flip angle",
+        "dwi": f"{len(model.scheme)} diffusion shells",
+    }[series.kind]
+    if series.kind == "dwi":
+        images += " (each run normalised by its own mean b = 0 signal)"
+        if not series.preprocessed:
+            images += ", NOT corrected for motion, eddy currents or distortion"
+    masked = {
+        "option": "inside the given mask",
+        "derivatives": "inside the brain mask of the derivatives",
+        "quick": "inside a mask made from the signal itself",
+    }[mask["origin"]]
+    sigma = (
+        "the noise estimated from repeated b = 0 images and residuals of the angular fit"
+        if done.get("sigma") == "given"
+        else f"the residual variance of each voxel ({done.get('degrees_of_freedom')} degrees of freedom)"
+    )
+    b1 = " Flip angles were corrected with the B1 map." if series.b1_map is not None else ""
+    return (
+        f"{model.title}: {model.description} The data were {images}; {done['n_voxels']:,} voxels "
+        f"{masked} were fitted with bids_gacelle {__version__} ({estimation_text(done)}).{b1} "
+        "Standard deviations come from the inverse of the Gauss-Newton Hessian at the optimum and "
+        f"{sigma}."
+    )
+
+
+def _entry(name: str, value: Sourced, unit: str) -> dict[str, Any]:
+    origin = [Path(s).name if "/" in s else s for s in value.sources]
+    return {"name": name, "unit": unit, "values": list(value.values), "sources": origin}
+
+
+def _dwi_sources(series: Series, key: str) -> list[str]:
+    if key == "b":
+        return [Path(run.bval).name for run in series.dwi_runs]
+    values: Iterable[Sourced | None] = (getattr(run, key) for run in series.dwi_runs)
+    return list(dict.fromkeys(s for v in values if v is not None for s in v.sources))
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: str) -> str:
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_references(name: str) -> list[dict[str, str]]:
+    """Papers to cite for a model, the engine's own first."""
+    return [vars(r) | {} for r in get_model(name).references]

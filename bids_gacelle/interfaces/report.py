@@ -1,0 +1,55 @@
+"""The page of a subject, rebuilt from what was written for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bids_gacelle import __version__
+from bids_gacelle.report import build_subject_report
+
+LOG_LINES = 40
+
+
+def reported_subjects(out_dir: Path) -> list[str]:
+    """Labels of the subjects that have maps."""
+    manifests = [*out_dir.glob("sub-*/figures/*_manifest.json")]
+    manifests += out_dir.glob("sub-*/ses-*/figures/*_manifest.json")
+    return sorted({p.relative_to(out_dir).parts[0].removeprefix("sub-") for p in manifests})
+
+
+def write_report(out_dir: Path, subject: str) -> Path:
+    """Build ``sub-<subject>.html`` from the manifests and the latest run of the subject."""
+    folder = out_dir / f"sub-{subject}"
+    paths = sorted([*folder.glob("figures/*_manifest.json"), *folder.glob("ses-*/figures/*_manifest.json")])
+    manifests = [json.loads(path.read_text()) for path in paths]
+    status, run = _latest(out_dir, subject)
+    return build_subject_report(out_dir, subject, manifests, status, run)
+
+
+def _latest(out_dir: Path, subject: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Status of every job of a subject in the last run that had it, and that run."""
+    status: dict[tuple[str, ...], dict[str, Any]] = {}
+    run: dict[str, Any] = {"version": __version__}
+    for path in sorted((out_dir / "logs").glob("*/summary.json")):
+        content = json.loads(path.read_text())
+        jobs = [j for j in content["jobs"] if j["subject"] == subject]
+        for job in jobs:
+            status[tuple(job.get(k, "") for k in ("session", "series", "model"))] = job
+        if jobs:
+            run = _run_of(path.parent, content)
+    return list(status.values()), run
+
+
+def _run_of(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    log = folder / "bids_gacelle.log"
+    config = folder / "bids_gacelle.toml"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return {
+        "command": content["command"],
+        "run_id": content["run"],
+        "version": content["version"],
+        "config_toml": config.read_text() if config.exists() else "",
+        "log_tail": "\n".join(lines[-LOG_LINES:]),
+    }

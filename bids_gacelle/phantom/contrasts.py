@@ -1,0 +1,340 @@
+"""Protocols of the digital brain, and the signals the models predict for them.
+
+Every contrast is made by one of the engine's own models from known parameters: `r2star` makes the
+multi-echo gradient echo, `despot1` the variable flip angles (and the steady state that the
+multi-echo gradient echo starts from), `nexi` or `mcmicro` the diffusion-weighted images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme, Parameter, get_model
+from bids_gacelle.phantom.anatomy import Anatomy, Label
+from bids_gacelle.phantom.directions import directional_signal, spread_directions
+from bids_gacelle.phantom.fields import stream
+from bids_gacelle.phantom.tissue import fibre_direction, parameter_map, transmit_field
+
+GRE_SCALE, DWI_SCALE = 10_000.0, 1_000.0
+"""Signal of pure water in the units of the images: a proton density, and a b=0 signal of white
+matter, of 1. White matter comes out near 1000 in the brightest image of every contrast."""
+
+TR_S = 0.038
+ECHO_TIMES_S = tuple(np.round(0.0022 + 0.00307 * np.arange(12), 5))
+MEGRE_FLIP = 20.0
+VFA_FLIPS = (5.0, 10.0, 20.0, 50.0)
+
+SMALL_DELTA_MS = 6.0
+SHELLS = {13.0: (1.0, 2.5, 4.0), 21.0: (1.0, 2.5, 4.0), 30.0: (1.0, 2.5, 4.0, 6.0)}
+"""b-values in ms/um^2 of the dwi run at each diffusion time Delta in ms."""
+N_DIRECTIONS = 32
+
+SCANNER: dict[str, Any] = {
+    "MagneticFieldStrength": 3,
+    "Manufacturer": "bids_gacelle",
+    "ManufacturersModelName": "Digital brain",
+}
+_GRE = SCANNER | {
+    "PulseSequenceType": "SPGR",
+    "MRAcquisitionType": "3D",
+    "SpoilingState": True,
+    "SpoilingType": "COMBINED",
+    "SpoilingRFPhaseIncrement": 50,
+    "RepetitionTimeExcitation": TR_S,
+}
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image of the raw dataset, without noise.
+
+    Attributes
+    ----------
+    datatype, entities, suffix
+        For its name; subject and session come from elsewhere.
+    data
+        float32 (x, y, z[, volume]).
+    metadata
+        Its sidecar.
+    gradients
+        bval (volumes,) in s/mm^2 and bvec (3, volumes) in the frame of FSL, or None.
+    noisy
+        False for maps, which are not measured.
+    """
+
+    datatype: str
+    entities: Mapping[str, str]
+    suffix: str
+    data: np.ndarray
+    metadata: Mapping[str, Any]
+    gradients: tuple[np.ndarray, np.ndarray] | None = None
+    noisy: bool = True
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What one contrast contributes to a session.
+
+    Attributes
+    ----------
+    model, kind
+        Name of the model that made the signals, and the kind of its series.
+    images
+        Made when asked for, because all of them together are large.
+    truth
+        Every declared quantity of the model with its map: float64 (x, y, z), NaN outside the
+        brain and where the quantity has no meaning.
+    brightness
+        Mean of white matter in the brightest image; the noise is relative to it.
+    """
+
+    model: str
+    kind: str
+    images: Iterable[Image] = field(repr=False)
+    truth: tuple[tuple[Parameter, np.ndarray], ...]
+    brightness: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """One subject in one session: the anatomy and what its parameters depend on."""
+
+    anatomy: Anatomy
+    subject: int
+    session: int
+    seed: int
+
+    @property
+    def inside(self) -> np.ndarray:
+        """Voxels with a signal, bool (x, y, z)."""
+        return self.anatomy.labels > 0
+
+    def parameter(self, quantity: str) -> np.ndarray:
+        """A parameter of `tissue.QUANTITIES` in the voxels inside, float64 (voxels,)."""
+        ids = {"subject": self.subject, "session": self.session, "seed": self.seed}
+        return parameter_map(quantity, self.anatomy, **ids)[self.inside]
+
+    def transmit(self) -> np.ndarray:
+        """Relative B1+, float64 (x, y, z)."""
+        ids = {"subject": self.subject, "session": self.session, "seed": self.seed}
+        return transmit_field(self.anatomy, **ids)
+
+    def volume(self, values: np.ndarray) -> np.ndarray:
+        """Values of the voxels inside (..., voxels) as float32 (x, y, z, ...), 0 elsewhere."""
+        out = np.zeros((*self.inside.shape, *values.shape[:-1]), dtype=np.float32)
+        out[self.inside] = np.moveaxis(values, -1, 0)
+        return out
+
+    def white_matter(self, values: np.ndarray) -> float:
+        """Mean over white matter of values (voxels,)."""
+        return float(values[self.anatomy.labels[self.inside] == Label.WHITE_MATTER].mean())
+
+
+def megre(head: Head) -> Contrast:
+    """Multi-echo gradient echo: twelve echoes of a spoiled steady state."""
+    scheme = GradientEchoScheme(flip_angle=[MEGRE_FLIP, MEGRE_FLIP], repetition_time=TR_S)
+    steady = _signal("despot1", scheme, _relaxation(head), b1=head.transmit()[head.inside])[0]
+    values = {"S0": steady, "R2star": head.parameter("R2star")}
+    signal = _signal("r2star", GradientEchoScheme(echo_time=ECHO_TIMES_S), values)
+
+    def images() -> Iterator[Image]:
+        for number, (echo_time, echo) in enumerate(zip(ECHO_TIMES_S, signal, strict=True), 1):
+            sidecar = _GRE | {"EchoTime": echo_time, "FlipAngle": MEGRE_FLIP}
+            yield Image("anat", {"echo": str(number)}, "MEGRE", head.volume(echo), sidecar)
+
+    truth = _truth("r2star", GradientEchoScheme(echo_time=ECHO_TIMES_S), values, head)
+    return Contrast("r2star", "megre", images(), truth, head.white_matter(signal[0]))
+
+
+def vfa(head: Head) -> Contrast:
+    """Variable flip angles, with the map of the transmit field that scales them."""
+    scheme = GradientEchoScheme(flip_angle=VFA_FLIPS, repetition_time=TR_S)
+    b1, values = head.transmit(), _relaxation(head)
+    signal = _signal("despot1", scheme, values, b1=b1[head.inside])
+
+    def images() -> Iterator[Image]:
+        for number, (flip, image) in enumerate(zip(VFA_FLIPS, signal, strict=True), 1):
+            sidecar = _GRE | {"EchoTime": ECHO_TIMES_S[0], "FlipAngle": flip}
+            yield Image("anat", {"flip": str(number)}, "VFA", head.volume(image), sidecar)
+        sidecar = SCANNER | {
+            "Units": "%",
+            "Description": "Transmit field, 100 = nominal flip angle",
+        }
+        percent = (100 * b1).astype(np.float32)
+        yield Image("fmap", {}, "TB1map", percent, sidecar, noisy=False)
+
+    truth = _truth("despot1", scheme, values, head)
+    brightest = max(head.white_matter(image) for image in signal)
+    return Contrast("despot1", "vfa", images(), truth, brightest)
+
+
+def dwi(head: Head, model: str = "nexi") -> Contrast:
+    """Diffusion-weighted runs, one per diffusion time; `model` is "nexi" or "mcmicro"."""
+    options = {"l_max": 2} if model == "nexi" else {}
+    values = {name: head.parameter(f"{model}.{name}") for name in DWI_MODELS[model]}
+    b0 = DWI_SCALE * head.parameter("b0")
+    scheme = diffusion_scheme()
+    invariants = _signal(model, scheme, values, **options)
+    s2 = invariants[len(scheme) :] if options else [None] * len(scheme)
+    shells = list(zip(scheme.b, invariants, s2, strict=False))
+    fibres = fibre_direction(head.anatomy, subject=head.subject, seed=head.seed)[head.inside]
+
+    def images() -> Iterator[Image]:
+        for big_delta in SHELLS:
+            of_run = [
+                shell for shell, d in zip(shells, scheme.big_delta, strict=True) if d == big_delta
+            ]
+            bvals, directions = gradient_table(big_delta, head.seed)
+            signal = np.empty((len(bvals), len(b0)), dtype=np.float32)
+            signal[bvals == 0] = b0
+            for b, zeroth, second in of_run:
+                volumes = bvals == 1000 * b
+                cosine = directions[volumes] @ fibres.T
+                signal[volumes] = b0 * directional_signal(zeroth, second, cosine)
+            gradients = bvals, _fsl_frame(directions, head.anatomy.affine)
+            entities = {"acq": f"D{big_delta:.0f}"}
+            yield Image(
+                "dwi", entities, "dwi", head.volume(signal), _dwi_sidecar(big_delta), gradients
+            )
+
+    truth = _truth(model, scheme, values, head, **options)
+    return Contrast(model, "dwi", images(), truth, head.white_matter(b0))
+
+
+def diffusion_scheme() -> DiffusionScheme:
+    """All shells of all runs, in their order."""
+    b, big_delta = zip(*((b, d) for d, shells in SHELLS.items() for b in shells), strict=True)
+    return DiffusionScheme(b, big_delta=big_delta, small_delta=SMALL_DELTA_MS)
+
+
+CONTRASTS = {"megre": megre, "vfa": vfa, "dwi": dwi}
+"""Name on the command line -> what makes it."""
+DWI_MODELS = {"nexi": ("fn", "dn", "de", "tex", "p2"), "mcmicro": ("fn", "d")}
+"""Models that can make the diffusion signals, and their parameters."""
+
+
+def make_contrast(name: str, head: Head, dwi_model: str = "nexi") -> Contrast:
+    """The contrast of that name, a key of `CONTRASTS`."""
+    make = {**CONTRASTS, "dwi": partial(dwi, model=dwi_model)}[name]
+    return make(head)
+
+
+def add_noise(image: Image, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Magnitude of the image with complex Gaussian noise (Rician), as it is stored.
+
+    Whole numbers, as scanners store them, where rounding adds less than 1 % to the variance of
+    the noise (sigma of 3 or more); floating point otherwise, so that an image without noise is
+    exact.
+
+    Parameters
+    ----------
+    image
+        What to add it to; a map stays as it is.
+    sigma
+        Standard deviation of real and imaginary part, in units of the image; 0 for none.
+    rng
+        Where the noise comes from.
+
+    Returns
+    -------
+    np.ndarray
+        Shape of the image; int16 or float32.
+    """
+    if not image.noisy or sigma == 0:
+        return image.data
+    real = image.data + sigma * rng.standard_normal(image.data.shape, dtype=np.float32)
+    imaginary = sigma * rng.standard_normal(image.data.shape, dtype=np.float32)
+    magnitude = np.hypot(real, imaginary)
+    if sigma < 3 or magnitude.max() > np.iinfo(np.int16).max:
+        return magnitude
+    return np.rint(magnitude).astype(np.int16)
+
+
+def _relaxation(head: Head) -> dict[str, np.ndarray]:
+    return {"M0": GRE_SCALE * head.parameter("M0"), "R1": 1 / head.parameter("T1")}
+
+
+def _signal(
+    name: str,
+    scheme: DiffusionScheme | GradientEchoScheme,
+    values: Mapping[str, np.ndarray],
+    *,
+    b1: np.ndarray | None = None,
+    **options: int,
+) -> np.ndarray:
+    """What the model predicts for values (voxels,): float64 (measurements, voxels)."""
+    model = get_model(name)(scheme, **options)
+    inputs = None if b1 is None else {"b1": torch.from_numpy(b1)}
+    params = {key: torch.from_numpy(value) for key, value in values.items()}
+    return model.signal(params, inputs).numpy()
+
+
+def _truth(
+    name: str,
+    scheme: DiffusionScheme | GradientEchoScheme,
+    values: Mapping[str, np.ndarray],
+    head: Head,
+    **options: int,
+) -> tuple[tuple[Parameter, np.ndarray], ...]:
+    """Maps of all parameters and derived quantities of the model."""
+    model = get_model(name)(scheme, **options)
+    params = {key: torch.from_numpy(value) for key, value in values.items()}
+    known = {key: value.numpy() for key, value in (params | model.derive(params)).items()}
+    brain = head.anatomy.brain[head.inside]
+    # Where there are no neurites, nothing but the diffusivity around them means anything.
+    neurites = values["fn"] > 0 if name == "nexi" else brain
+    maps = []
+    for parameter in (*model.parameters, *model.derived):
+        meaningful = brain if parameter.name in ("fn", "de") else brain & neurites
+        volume = np.full(head.inside.shape, np.nan)
+        volume[head.inside] = np.where(meaningful, known[parameter.name], np.nan)
+        maps.append((parameter, volume))
+    return tuple(maps)
+
+
+def gradient_table(big_delta: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """b (volumes,) in s/mm^2 and gradient directions (volumes, 3) in scanner coordinates.
+
+    A b=0 volume before every shell and after the last; every shell has its own rotation of the
+    same arrangement.
+    """
+    bvals: list[float] = []
+    directions: list[np.ndarray] = []
+    for b in SHELLS[big_delta]:
+        rng = stream(seed, "directions", big_delta, b)
+        turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        directions += [np.zeros(3), *(spread_directions(N_DIRECTIONS) @ turn)]
+        bvals += [0.0] + [1000 * b] * N_DIRECTIONS
+    return np.array([*bvals, 0.0]), np.array([*directions, np.zeros(3)])
+
+
+def _fsl_frame(directions: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Directions (volumes, 3) in scanner coordinates as FSL's bvec (3, volumes).
+
+    That is along the voxel axes, the first reversed where the voxel axes are right-handed.
+    """
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    bvecs = (directions @ axes).T
+    if np.linalg.det(axes) > 0:
+        bvecs[0] *= -1
+    return bvecs
+
+
+def _dwi_sidecar(big_delta: float) -> dict[str, Any]:
+    return SCANNER | {
+        "EchoTime": 0.058,
+        "RepetitionTime": 3.2,
+        "FlipAngle": 90,
+        "PulseSequenceType": "Spin echo EPI",
+        "MRAcquisitionType": "2D",
+        "SmallDelta": SMALL_DELTA_MS / 1000,
+        "BigDelta": big_delta / 1000,
+        "PhaseEncodingDirection": "j-",
+        "TotalReadoutTime": 0.03,
+    }

@@ -1,0 +1,320 @@
+"""The digital brain as a raw BIDS dataset, with its truth in ``derivatives/truth``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bids_gacelle import __version__
+from bids_gacelle.bids.dataset import BIDS_VERSION, IGNORED
+from bids_gacelle.bids.names import build_name, map_path
+from bids_gacelle.bids.output import write_image, write_json, write_text, write_tsv
+from bids_gacelle.bids.series import Series
+from bids_gacelle.engine import get_model
+from bids_gacelle.errors import InputError
+from bids_gacelle.phantom.anatomy import Anatomy, Label, load_template, make_anatomy
+from bids_gacelle.phantom.contrasts import (
+    CONTRASTS,
+    DWI_MODELS,
+    Contrast,
+    Head,
+    Image,
+    add_noise,
+    make_contrast,
+)
+from bids_gacelle.phantom.fields import stream
+from bids_gacelle.phantom.tissue import TISSUES
+
+NAME = "bids-gacelle-phantom"
+TRUTH = Path("derivatives") / "truth"
+RESOLUTION_MM = (1.0, 12.0)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of one session go: root of a dataset, and labels."""
+
+    root: Path
+    subject: str
+    session: str
+
+    def path(self, datatype: str, entities: dict[str, str], suffix: str) -> Path:
+        """Path of a file, without extension."""
+        labels = {"sub": self.subject} | ({"ses": self.session} if self.session else {})
+        folder = self.root.joinpath(*(f"{k}-{v}" for k, v in labels.items()), datatype)
+        return folder / build_name(labels | entities, suffix, "")
+
+
+def write_phantom(
+    out: Path,
+    *,
+    subjects: int = 2,
+    sessions: int = 1,
+    snr: float = 50.0,
+    contrasts: Sequence[str] = tuple(CONTRASTS),
+    resolution: float = 3.0,
+    seed: int = 0,
+    dwi_model: str = "nexi",
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write a raw BIDS dataset of digital brains and ``derivatives/truth`` in it.
+
+    Parameters
+    ----------
+    out
+        Folder of the dataset; made when absent.
+    subjects, sessions
+        How many; one session leaves ``ses`` out of the names.
+    snr
+        Mean of white matter in the brightest image of a contrast (first echo, best flip angle,
+        b=0) over the standard deviation of the noise in each channel; ``inf`` for none.
+    contrasts
+        Keys of `contrasts.CONTRASTS`.
+    resolution
+        Isotropic voxel size in mm.
+    seed
+        Same seed, same dataset, byte for byte.
+    dwi_model
+        The model that makes the diffusion signals: "nexi" or "mcmicro".
+    overwrite
+        Replace an earlier phantom at `out`; what else is in the folder stays.
+
+    Returns
+    -------
+    list of Path
+        All images written.
+
+    Raises
+    ------
+    InputError
+        A value makes no sense, nilearn is not installed, or `out` cannot be written or holds
+        something else.
+    """
+    _check(subjects, sessions, snr, contrasts, resolution, seed, dwi_model)
+    load_template()  # fails before anything is written
+    out = Path(out)
+    _make_room(out, overwrite)
+    settings = {
+        "subjects": subjects,
+        "sessions": sessions,
+        "snr": snr,
+        "contrasts": ",".join(contrasts),
+        "resolution": resolution,
+        "seed": seed,
+        "dwi-model": dwi_model,
+    }
+    _write_root(out, [f"{i:02d}" for i in range(1, subjects + 1)], settings)
+    written = []
+    for subject in range(1, subjects + 1):
+        for session in range(1, sessions + 1):
+            anatomy = make_anatomy(subject, session, resolution=resolution, seed=seed)
+            head = Head(anatomy, subject, session, seed)
+            made = [make_contrast(name, head, dwi_model) for name in contrasts]
+            labels = f"{subject:02d}", f"{session}" if sessions > 1 else ""
+            for contrast in made:
+                written += _write_images(Place(out, *labels), contrast, head, snr)
+                written += _write_truth(Place(out / TRUTH, *labels), contrast, anatomy)
+            written += _write_tissues(Place(out / TRUTH, *labels), anatomy, made)
+    return written
+
+
+def _check(
+    subjects: int,
+    sessions: int,
+    snr: float,
+    contrasts: Sequence[str],
+    resolution: float,
+    seed: int,
+    dwi_model: str,
+) -> None:
+    for name, value in (("subjects", subjects), ("sessions", sessions)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}; it must be a whole number of at least 1.")
+    if not snr > 0:
+        raise InputError(f"--snr is {snr:g}; it must be greater than 0 (inf for no noise).")
+    if unknown := [name for name in contrasts if name not in CONTRASTS]:
+        raise InputError(
+            f"--contrasts: '{unknown[0]}' is unknown; choose among {', '.join(CONTRASTS)}."
+        )
+    if not contrasts or len(set(contrasts)) < len(contrasts):
+        raise InputError(f"--contrasts must name each of {', '.join(CONTRASTS)} at most once.")
+    low, high = RESOLUTION_MM
+    if not low <= resolution <= high:
+        raise InputError(
+            f"--resolution is {resolution:g} mm; it must be between {low:g} and {high:g} mm."
+        )
+    if seed < 0:
+        raise InputError(f"--seed is {seed}; it must be 0 or more.")
+    if dwi_model not in DWI_MODELS:
+        raise InputError(
+            f"--dwi-model: '{dwi_model}' is unknown; choose among {', '.join(DWI_MODELS)}."
+        )
+
+
+def _make_room(out: Path, overwrite: bool) -> None:
+    """See that `out` is empty, or take away the phantom that is there."""
+    if out.is_file():
+        raise InputError(f"{out} is a file; give the folder of the dataset to write.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not _is_phantom(out):
+        raise InputError(
+            f"{out} is not empty and not an earlier digital brain; give an empty or new folder."
+        )
+    if not overwrite:
+        raise InputError(
+            f"{out} already holds a digital brain; add --overwrite to replace it, or give "
+            "another folder."
+        )
+    for folder in (*out.glob("sub-*/"), out / TRUTH):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_phantom(folder: Path) -> bool:
+    try:
+        about = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8"))
+        return NAME in [maker["Name"] for maker in about["GeneratedBy"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _write_root(out: Path, subjects: list[str], settings: dict[str, Any]) -> None:
+    """The files at the root of both datasets."""
+    options = " ".join(f"--{name} {value}" for name, value in settings.items())
+    maker = {"Name": NAME, "Version": __version__, "Description": options}
+    about = {"BIDSVersion": BIDS_VERSION, "License": "CC0-1.0", "Authors": [NAME]}
+    write_json(
+        out / "dataset_description.json",
+        {"Name": "Digital brain", **about, "DatasetType": "raw", "GeneratedBy": [maker]},
+    )
+    write_text(out / "README.md", _README.format(options=options))
+    rows = [{"participant_id": f"sub-{label}", "species": "digital"} for label in subjects]
+    write_tsv(out / "participants.tsv", rows, ("participant_id", "species"))
+    levels = {"digital": "simulated from the ICBM 152 template"}
+    write_json(
+        out / "participants.json",
+        {"species": {"Description": "What was scanned", "Levels": levels}},
+    )
+    truth = {"Name": "Digital brain: truth", **about, "DatasetType": "derivative"}
+    links = {"GeneratedBy": [maker], "DatasetLinks": {"raw": "../.."}}
+    write_json(out / TRUTH / "dataset_description.json", truth | links)
+    write_text(out / TRUTH / "README.md", _TRUTH_README)
+    write_text(out / TRUTH / ".bidsignore", "\n".join(IGNORED) + "\n")
+
+
+def _write_images(place: Place, contrast: Contrast, head: Head, snr: float) -> list[Path]:
+    """The raw images of one contrast with their noise."""
+    written = []
+    for image in contrast.images:
+        stem = place.path(image.datatype, dict(image.entities), image.suffix)
+        rng = stream(head.seed, head.subject, head.session, "noise", image.suffix, image.entities)
+        data = add_noise(image, contrast.brightness / snr, rng)
+        path = stem.with_name(stem.name + ".nii.gz")
+        write_image(path, data, head.anatomy.affine, dtype=data.dtype)
+        write_json(stem.with_name(stem.name + ".json"), image.metadata)
+        _write_gradients(stem, image)
+        written.append(path)
+    return written
+
+
+def _write_gradients(stem: Path, image: Image) -> None:
+    if image.gradients is None:
+        return
+    bvals, bvecs = image.gradients
+    write_text(stem.with_name(stem.name + ".bval"), " ".join(f"{b:.0f}" for b in bvals) + "\n")
+    rows = [" ".join(f"{x:.8f}" for x in row) for row in bvecs]
+    write_text(stem.with_name(stem.name + ".bvec"), "\n".join(rows) + "\n")
+
+
+def _write_truth(place: Place, contrast: Contrast, anatomy: Anatomy) -> list[Path]:
+    """The maps that a perfect fit of the contrast's own model would give, named as ours are."""
+    model = get_model(contrast.model)
+    series = Series(contrast.kind, place.subject, place.session, {}, ())
+    written = []
+    for parameter, values in contrast.truth:
+        name = map_path(
+            series,
+            model=contrast.model,
+            parameter=parameter.name,
+            suffix=parameter.suffix,
+            bare=model.bare_names,
+            datatype=model.datatype,
+        )
+        path = place.root / name
+        write_image(path, values, anatomy.affine, keep_nan=True)
+        write_json(
+            path.with_name(path.name.replace(".nii.gz", ".json")),
+            {
+                "Description": f"True value: {parameter.description}; NaN where it has no meaning",
+                "Units": parameter.unit,
+                "SkullStripped": True,
+            },
+        )
+        written.append(path)
+    return written
+
+
+def _write_tissues(place: Place, anatomy: Anatomy, contrasts: list[Contrast]) -> list[Path]:
+    """The segmentation, and the brain mask beside the images of every datatype."""
+    stem = place.path("anat", {"desc": "tissues"}, "dseg")
+    written = [stem.with_name(stem.name + ".nii.gz")]
+    labels = np.where(anatomy.brain, anatomy.labels, 0)
+    write_image(written[0], labels, anatomy.affine, dtype=np.uint8)
+    write_json(
+        stem.with_name(stem.name + ".json"),
+        {"Manual": False, "Description": "Tissue that each voxel was simulated from"},
+    )
+    columns = ("index", "name", "abbreviation", "color")
+    rows = [
+        {"index": int(t.label), "name": t.name, "abbreviation": t.abbreviation, "color": t.color}
+        for t in TISSUES
+        if t.label != Label.SCALP
+    ]
+    write_tsv(stem.with_name(stem.name + ".tsv"), rows, columns)
+    for datatype in sorted({get_model(contrast.model).datatype for contrast in contrasts}):
+        stem = place.path(datatype, {"desc": "brain"}, "mask")
+        path = stem.with_name(stem.name + ".nii.gz")
+        write_image(path, anatomy.brain, anatomy.affine, dtype=np.uint8)
+        about = "All tissue, without skull and scalp"
+        write_json(stem.with_name(stem.name + ".json"), {"Type": "Brain", "Description": about})
+        written.append(path)
+    return written
+
+
+_README = """\
+# Digital brain
+
+Simulated scans with known truth, made by
+
+    bids-gacelle-phantom OUT {options}
+
+Nobody was scanned. The anatomy comes from the tissue probability maps of the ICBM 152 template
+(2009a, nonlinear, symmetric; Fonov et al. 2011, doi:10.1016/j.neuroimage.2010.07.033), copyright
+(C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute,
+McGill University, as distributed with nilearn; the deep nuclei are ellipsoids.
+
+- `anat/*_MEGRE`: multi-echo gradient echo, mono-exponential decay.
+- `anat/*_VFA`: spoiled gradient echoes at several flip angles; `fmap/*_TB1map` is the transmit
+  field in them.
+- `dwi/*_acq-D<ms>_dwi`: diffusion-weighted runs that differ in diffusion time.
+
+Noise is Rician and independent between voxels. There is no motion, no distortion and no partial
+volume: every voxel is one tissue. `derivatives/truth` holds tissue labels, brain mask and the
+true parameter maps.
+"""
+
+_TRUTH_README = """\
+# Truth of the digital brain
+
+- `anat/*_desc-tissues_dseg`: the tissue of each voxel.
+- `*_desc-brain_mask`: all tissue, without skull and scalp.
+- All other maps: the parameter values that the scans were simulated from, under the names that
+  bids_gacelle gives to its estimates. They are NaN outside the brain, and where a parameter has no
+  meaning (the neurites of cerebrospinal fluid).
+"""

@@ -1,0 +1,408 @@
+"""Series, sessions, participants, filters: what is found and what is said about the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bids_gacelle.bids.discovery import Options, discover
+from bids_gacelle.bids.queries import load_filter_file
+from bids_gacelle.bids.series import series_from_json, to_json
+from bids_gacelle.errors import InputError
+
+# model: "" (eligible) or the start of the reason, for every unit of the tree
+MPM = " (there are MPM images (MTw, PDw, T1w), which no model here is fitted to yet)"
+SINGLE_SHELL = {
+    "mcmicro": "mcmicro needs at least 2 different shells",
+    "nexi": "nexi needs at least 4 different shells",
+}
+
+
+def _nothing(place: str, **other: str) -> dict[str, str]:
+    return {
+        "r2star": f"no MEGRE images in {place}/anat",
+        "despot1": f"no VFA images in {place}/anat",
+        "mcmicro": f"no dwi images in {place}/dwi",
+        "nexi": f"no dwi images in {place}/dwi",
+    } | other
+
+
+EXAMPLES = {
+    "ds000001-fmriprep": {(s, ""): _nothing(f"sub-{s}") for s in ("10", "11", "13", "16")},
+    "ds114": {
+        (f"{s:02d}", ses): _nothing(f"sub-{s:02d}/ses-{ses}", **SINGLE_SHELL)
+        for s in range(1, 11)
+        for ses in ("retest", "test")
+    },
+    "dwi_deriv": {("01", ""): _nothing("sub-01", **SINGLE_SHELL)},
+    "qmri_megre": {("01", ""): _nothing("sub-01", r2star="")},
+    "qmri_mpm": {
+        ("01", ""): _nothing(
+            "sub-01",
+            r2star=f"no MEGRE images in sub-01/anat{MPM}",
+            despot1=f"no VFA images in sub-01/anat{MPM}",
+        )
+    },
+    "qmri_qsm": {("01", ""): _nothing("sub-01")},
+    "qmri_tb1tfl": {("01", ""): _nothing("sub-01")},
+    "qmri_vfa": {("01", ""): _nothing("sub-01", despot1="")},
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_public_example(shared: Path, needs, name: str) -> None:
+    plan = discover(shared / "data/bids_examples" / name, needs, Options())
+    expected = EXAMPLES[name]
+    found = {(j.series.subject, j.series.session, j.model): j.reason for j in plan.jobs}
+    assert len(found) == len(plan.jobs) == sum(len(models) for models in expected.values())
+    for (subject, session), models in expected.items():
+        for model, reason in models.items():
+            got = found[subject, session, model]
+            assert got.startswith(reason) if reason else got == "", (subject, session, model, got)
+            if reason.startswith("no "):
+                assert got == reason
+
+
+def test_example_values(shared: Path, needs, pick) -> None:
+    examples = shared / "data/bids_examples"
+    megre = pick(discover(examples / "qmri_megre", needs, Options()), "r2star").series
+    assert megre.echo_time.values == tuple(round(0.02 * i, 2) for i in range(1, 9))
+    assert [Path(p).name[7:14] for p in megre.images] == [f"echo-0{i}" for i in range(1, 9)]
+    assert megre.metadata["MagneticFieldStrength"] == 3
+    vfa = pick(discover(examples / "qmri_vfa", needs, Options()), "despot1").series
+    assert vfa.flip_angle.values == (3, 20)
+    assert vfa.repetition_time.values == (0.015, 0.015)
+    assert vfa.metadata["PulseSequenceType"] == "SPGR"  # only in VFA.json at the root
+
+
+def test_example_messages(shared: Path, needs, messages) -> None:
+    examples = shared / "data/bids_examples"
+    plan = discover(examples / "qmri_vfa", needs, Options())
+    assert "no B1 map" in messages(plan, "warning")
+    assert "TB1AFI images are there but not used" in messages(plan, "info")
+    assert "derivatives/qMRLab in the dataset not used" in messages(plan, "info")
+    assert f"-d qMRLab={examples / 'qmri_vfa/derivatives/qMRLab'}" in messages(plan, "info")
+    derived = {"qMRLab": examples / "qmri_vfa/derivatives/qMRLab"}
+    plan = discover(examples / "qmri_vfa", needs, Options(derivatives=derived))
+    assert "B1" not in messages(plan, "info")
+    assert 'no "Units" in a sidecar of `qMRLab:sub-01/fmap/sub-01_TB1map.nii.gz`' in messages(
+        plan, "warning"
+    )
+
+
+def test_poison_of_tb1tfl(shared: Path, needs) -> None:
+    plan = discover(shared / "data/bids_examples/qmri_tb1tfl", needs, Options())
+    errors = [f for f in plan.findings if f.severity == "error"]
+    assert {(Path(f.file).name, f.field) for f in errors} == {
+        (f"sub-01_acq-{acq}_TB1TFL.json", field)
+        for acq in ("anat", "famp")
+        for field in ("EchoTime", "RepetitionTimeExcitation")
+    }
+    for finding in errors:
+        value = "1.97" if finding.field == "EchoTime" else '"6.8"'
+        assert f"`{finding.field}` is {value} in `sub-01/fmap/" in finding.message
+        assert "probably ms" in finding.message
+        assert ("a string" in finding.message) == (finding.field != "EchoTime")
+    fixed = Options(assume_ms=("EchoTime", "RepetitionTimeExcitation"))
+    plan = discover(shared / "data/bids_examples/qmri_tb1tfl", needs, fixed)
+    assert not [f for f in plan.findings if f.severity == "error"]
+
+
+# ---------------------------------------------------------------------- gradient echo
+
+
+def test_echoes_are_sorted_by_echo_time(tree, pick) -> None:
+    tree.megre(times=(0.012, 0.004, 0.008))
+    series = pick(tree.discover(), "r2star").series
+    assert series.echo_time.values == (0.004, 0.008, 0.012)
+    assert [Path(p).name for p in series.images] == [
+        f"sub-01_echo-{i}_MEGRE.nii.gz" for i in (2, 3, 1)
+    ]
+    assert series.echo_time.sources == tuple(
+        f"sub-01/anat/sub-01_echo-{i}_MEGRE.json" for i in (2, 3, 1)
+    )
+
+
+def test_phase_is_not_used(tree, pick, messages) -> None:
+    for echo in (1, 2):
+        for part in ("mag", "phase"):
+            tree.image(f"sub-01/anat/sub-01_echo-{echo}_part-{part}_MEGRE.nii", EchoTime=echo / 100)
+    plan = tree.discover()
+    assert [Path(p).name for p in pick(plan, "r2star").series.images] == [
+        "sub-01_echo-1_part-mag_MEGRE.nii",
+        "sub-01_echo-2_part-mag_MEGRE.nii",
+    ]
+    assert "part-phase images are not used" in messages(plan, "info")
+
+
+def test_phase_alone_is_explained(tree, pick) -> None:
+    tree.image("sub-01/anat/sub-01_echo-1_part-phase_MEGRE.nii", EchoTime=0.01)
+    assert "only part-phase images are there" in pick(tree.discover(), "r2star").reason
+
+
+def test_runs_and_acquisitions_are_series(tree, pick) -> None:
+    for name in ("acq-hi_run-01", "acq-hi_run-02", "acq-lo"):
+        tree.megre(f"sub-01/anat/sub-01_{name}")
+    jobs = pick(tree.discover(), "r2star", only=False)
+    assert [j.series.entities for j in jobs] == [
+        {"acq": "hi", "run": "01"},
+        {"acq": "hi", "run": "02"},
+        {"acq": "lo"},
+    ]
+    assert all(len(j.series.images) == 3 and j.eligible for j in jobs)
+
+
+def test_one_echo_is_too_few(tree, pick) -> None:
+    tree.megre(times=(0.004,))
+    assert "r2star needs at least 2 different echoes" in pick(tree.discover(), "r2star").reason
+
+
+def test_equal_echo_times_are_refused(tree, pick) -> None:
+    tree.json("MEGRE.json", EchoTime=0.004)
+    for echo in (1, 2):
+        tree.image(f"sub-01/anat/sub-01_echo-{echo}_MEGRE.nii")
+    reason = pick(tree.discover(), "r2star").reason
+    assert "same EchoTime 0.004 s (from MEGRE.json and MEGRE.json)" in reason
+
+
+def test_missing_echo_time_says_where_it_looked(tree) -> None:
+    tree.json("MEGRE.json", MagneticFieldStrength=3)
+    tree.image("sub-01/anat/sub-01_echo-1_MEGRE.nii.gz")
+    tree.image("sub-01/anat/sub-01_echo-2_MEGRE.nii.gz", EchoTime=0.01)
+    plan = tree.discover()
+    (finding,) = (f for f in plan.findings if f.severity == "error")
+    assert finding.message == (
+        "sub-01 megre model r2star skipped: `EchoTime` missing for "
+        "`sub-01/anat/sub-01_echo-1_MEGRE.nii.gz`. Looked in: sub-01_echo-1_MEGRE.json (no such "
+        'file), MEGRE.json (root). Add e.g. "EchoTime": 0.004 (s) to sub-01_echo-1_MEGRE.json.'
+    )
+    assert (finding.subject, finding.model, finding.field) == ("01", "r2star", "EchoTime")
+    assert finding.file == str(tree.root / "sub-01/anat/sub-01_echo-1_MEGRE.nii.gz")
+
+
+def test_broken_sidecar_stops_only_its_series(tree, pick) -> None:
+    tree.megre()
+    tree.text("sub-01/anat/sub-01_echo-2_MEGRE.json", '{"EchoTime": 0.008')
+    tree.vfa()
+    plan = tree.discover()
+    assert "`sub-01/anat/sub-01_echo-2_MEGRE.json` cannot be read as JSON" in (
+        pick(plan, "r2star").reason
+    )
+    assert pick(plan, "despot1").eligible
+
+
+def test_vfa_with_inherited_repetition_time(tree, pick) -> None:
+    tree.json("VFA.json", RepetitionTimeExcitation=0.02, PulseSequenceType="SPGR")
+    tree.json("sub-01/sub-01_VFA.json", RepetitionTimeExcitation=0.01)
+    tree.image("sub-01/anat/sub-01_flip-1_VFA.nii", FlipAngle=20, RepetitionTimeExcitation=0.03)
+    tree.image("sub-01/anat/sub-01_flip-2_VFA.nii", FlipAngle=3)
+    series = pick(tree.discover(), "despot1").series
+    assert series.flip_angle.values == (3, 20)
+    assert series.repetition_time.values == (0.01, 0.03)
+    assert series.repetition_time.sources == (
+        "sub-01/sub-01_VFA.json",
+        "sub-01/anat/sub-01_flip-1_VFA.json",
+    )
+    assert series.images[0].endswith("flip-2_VFA.nii")
+
+
+def test_balanced_ssfp_is_refused(tree, pick) -> None:
+    tree.json("VFA.json", PulseSequenceType="SSFP")
+    tree.vfa()
+    reason = pick(tree.discover(), "despot1").reason
+    assert "`PulseSequenceType` is 'SSFP' in `VFA.json`" in reason
+    assert "DESPOT2" in reason
+
+
+def test_vfa_with_several_echoes_is_explained(tree, pick) -> None:
+    for flip in (1, 2):
+        for echo in (1, 2):
+            tree.image(
+                f"sub-01/anat/sub-01_echo-{echo}_flip-{flip}_VFA.nii",
+                FlipAngle=10 * flip,
+                RepetitionTimeExcitation=0.02,
+            )
+    assert '{"vfa": {"echo": "1"}}' in pick(tree.discover(), "despot1").reason
+    chosen = pick(tree.discover(filters={"vfa": {"echo": 1}}), "despot1")
+    assert chosen.eligible
+    assert len(chosen.series.images) == 2
+
+
+def test_repetition_time_is_not_guessed(tree, pick) -> None:
+    for flip in (1, 2):
+        tree.image(f"sub-01/anat/sub-01_flip-{flip}_VFA.nii", FlipAngle=9 * flip, RepetitionTime=0.02)
+    reason = pick(tree.discover(), "despot1").reason
+    assert "`RepetitionTimeExcitation` missing" in reason
+    assert '"RepetitionTime": 0.02' in reason
+
+
+def test_mpm_contrast_by_filter(tree, pick) -> None:
+    for acq, flip in (("PDw", 1), ("T1w", 2)):
+        for echo in (1, 2):
+            tree.image(
+                f"sub-01/anat/sub-01_acq-{acq}_echo-{echo}_flip-{flip}_mt-off_MPM.nii",
+                EchoTime=echo / 100,
+            )
+    assert "MPM images (PDw, T1w)" in pick(tree.discover(), "r2star").reason
+    jobs = pick(tree.discover(filters={"megre": {"suffix": "MPM"}}), "r2star", only=False)
+    assert [(j.series.entities, j.reason) for j in jobs] == [
+        ({"acq": "PDw"}, ""),
+        ({"acq": "T1w"}, ""),
+    ]
+
+
+def test_entities_that_maps_cannot_keep(tree, pick) -> None:
+    tree.megre("sub-01/anat/sub-01_stain-x")
+    assert "outputs cannot keep stain" in pick(tree.discover(), "r2star").reason
+
+
+# ----------------------------------------------------- participants, sessions, datasets
+
+
+def test_sessions_are_units(tree) -> None:
+    tree.megre("sub-01/ses-a/anat/sub-01_ses-a")
+    tree.vfa("sub-01/ses-b/anat/sub-01_ses-b")
+    tree.megre("sub-02/anat/sub-02")
+    plan = tree.discover()
+    eligible = [(j.series.subject, j.series.session, j.model) for j in plan.jobs if j.eligible]
+    assert eligible == [("01", "a", "r2star"), ("01", "b", "despot1"), ("02", "", "r2star")]
+    assert len(plan.jobs) == 3 * 4
+    one = tree.discover(session_labels=("ses-b",), participant_labels=("sub-01",))
+    assert {(j.series.subject, j.series.session) for j in one.jobs} == {("01", "b")}
+
+
+def test_only_asked_participants_are_indexed(tree) -> None:
+    for subject in ("01", "011", "02"):
+        tree.megre(f"sub-{subject}/anat/sub-{subject}")
+    plan = tree.discover(participant_labels=("01",))
+    assert {j.series.subject for j in plan.jobs} == {"01"}
+
+
+@pytest.mark.parametrize("label", ["sub-04", "04"])
+def test_unknown_participant(tree, label: str) -> None:
+    tree.megre()
+    with pytest.raises(InputError, match=r"No participant '04' in .*; it has 1: 01\. Did you"):
+        tree.discover(participant_labels=(label,))
+
+
+def test_unknown_session(tree) -> None:
+    tree.megre("sub-01/ses-a/anat/sub-01_ses-a")
+    with pytest.raises(InputError, match=r"No session 'x' in .*; it has 1: a\."):
+        tree.discover(session_labels=("x",))
+
+
+def test_no_dataset(tree) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        tree.discover()
+    tree.text("README", "")
+    with pytest.raises(InputError, match="no folder sub-<label>"):
+        tree.discover()
+    with pytest.raises(InputError, match="is a file"):
+        discover(tree.root / "README", (), Options())
+
+
+def test_database_serves_other_participants_later(tree, tmp_path: Path) -> None:
+    for subject in ("01", "02"):
+        tree.megre(f"sub-{subject}/anat/sub-{subject}")
+    database = tmp_path / "db"
+    first = tree.discover(database_dir=database, participant_labels=("01",))
+    assert (database / "raw").is_dir()
+    second = tree.discover(database_dir=database, participant_labels=("02",))
+    for plan, subject in ((first, "01"), (second, "02")):
+        assert [j.series.subject for j in plan.jobs if j.eligible] == [subject]
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        None,
+        "not JSON",
+        '{"DatasetType": "derivative"}',
+        '{"DatasetType": "derivative", "GeneratedBy": {"Name": "x"}}',
+        '{"PipelineDescription": {"Name": "x"}, "DatasetType": "derivative"}',
+        "[]",
+    ],
+)
+def test_odd_dataset_descriptions(tree, other_tree, pick, description: str | None) -> None:
+    tree.megre()
+    other_tree.image("sub-01/anat/sub-01_desc-brain_mask.nii.gz")
+    if description:
+        tree.text("dataset_description.json", description)
+        other_tree.text("dataset_description.json", description)
+    plan = tree.discover(derivatives={"x": other_tree.root})
+    assert pick(plan, "r2star").series.mask.origin == "derivatives"
+    assert plan.datasets == {"raw": str(tree.root), "x": str(other_tree.root)}
+
+
+def test_series_survive_json(tree, pick) -> None:
+    tree.vfa()
+    tree.dwi(SmallDelta=0.01, BigDelta=[0.02] * 6, EchoTime=0.08)
+    for job in tree.discover().jobs:
+        assert series_from_json(json.loads(json.dumps(to_json(job.series)))) == job.series
+
+
+def test_unknown_assumption_and_reserved_name(tree) -> None:
+    tree.megre()
+    with pytest.raises(InputError, match="--assume-ms Echotime"):
+        tree.discover(assume_ms=("Echotime",))
+    with pytest.raises(InputError, match="raw stands for the dataset itself"):
+        tree.discover(derivatives={"raw": tree.root})
+    with pytest.raises(InputError, match="there is no such folder"):
+        tree.discover(derivatives={"x": tree.root / "x"})
+
+
+# -------------------------------------------------------------------------- filters
+
+
+def test_filters(tree, pick) -> None:
+    tree.megre("sub-01/anat/sub-01_acq-hi_run-01")
+    tree.megre("sub-01/anat/sub-01_acq-lo")
+    tree.megre("sub-01/anat/sub-01")
+
+    def found(**query: object) -> list[dict[str, str]]:
+        jobs = pick(tree.discover(filters={"megre": query}), "r2star", only=False)
+        return [j.series.entities for j in jobs if j.eligible]
+
+    assert found(acquisition="lo") == [{"acq": "lo"}]
+    assert found(acq=None) == [{}]
+    assert found(acq="*") == [{"acq": "hi", "run": "01"}, {"acq": "lo"}]
+    assert found(acq=[None, "lo"]) == [{}, {"acq": "lo"}]
+    assert found(run=1) == [{"acq": "hi", "run": "01"}]
+    assert found(acq="none") == []
+
+
+def test_filter_that_leaves_nothing_is_named(tree, pick) -> None:
+    tree.megre()
+    reason = pick(tree.discover(filters={"megre": {"acq": "x"}}), "r2star").reason
+    assert reason.startswith("no MEGRE images in sub-01/anat that match the filter file")
+    assert "sub-01_echo-1_MEGRE.nii.gz" in reason
+    assert '"acq": "x"' in reason
+
+
+@pytest.mark.parametrize(
+    ("filters", "sentence"),
+    [
+        ({"bold": {}}, "unknown query 'bold'; valid are megre, vfa, mpm, tb1, dwi, mask, dseg"),
+        ({"dwi": {"acqu": "x"}}, "unknown entity 'acqu' in query 'dwi'; valid are .*acq, .*run"),
+        ({"dwi": {"acq": 1.5}}, "dwi.acq is 1.5"),
+        ({"dwi": "b2k"}, "'dwi' must be an object"),
+    ],
+)
+def test_unknown_filters_are_refused(tree, filters: dict, sentence: str) -> None:
+    tree.megre()
+    with pytest.raises(InputError, match=sentence):
+        tree.discover(filters=filters)
+
+
+def test_filter_file(tmp_path: Path) -> None:
+    path = tmp_path / "filter.json"
+    path.write_text('{"dwi": {"acq": null}}')
+    assert load_filter_file(path) == {"dwi": {"acq": None}}
+    path.write_text("{")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        load_filter_file(path)
+    path.write_text("[]")
+    with pytest.raises(InputError, match="one JSON object"):
+        load_filter_file(path)

@@ -1,0 +1,112 @@
+"""What the command line means."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from bids_gacelle.cli import argtypes
+from bids_gacelle.cli.main import main
+from bids_gacelle.cli.parser import available_cores, build_parser, settings_from
+from bids_gacelle.errors import InputError
+
+
+def parse(*words):
+    return settings_from(build_parser().parse_args(["/data", "/out", "participant", *words]))
+
+
+def test_labels_lose_their_prefix_and_may_come_from_a_file(tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("sub-03\n04\n")
+    settings = parse("--participant-label", "sub-01", "02", "--participant_label", str(labels))
+    assert settings.participant_label == ("01", "02", "03", "04")
+    assert parse("--session-id", "ses-a").session_label == ("a",)
+
+
+def test_models_by_comma_or_space():
+    assert parse("--models", "r2star,nexi", "despot1").models == ("r2star", "nexi", "despot1")
+
+
+def test_named_paths(tmp_path):
+    settings = parse("-d", f"q={tmp_path}", "--atlas", f"aseg={tmp_path}")
+    assert settings.derivatives == {"q": tmp_path}
+    assert settings.atlas == {"aseg": tmp_path}
+    assert parse("-d", str(tmp_path)).derivatives  # named by its folder
+    with pytest.raises(InputError, match="given twice"):
+        parse("-d", f"q={tmp_path}", f"q={tmp_path}")
+
+
+def test_model_options_are_typed():
+    settings = parse("--set", "nexi.l_max=2", "nexi.tol=1e-3", "mcmicro.flag=true")
+    assert settings.model_options == {"nexi": {"l_max": 2, "tol": 1e-3}, "mcmicro": {"flag": True}}
+
+
+@pytest.mark.parametrize(("text", "ms"), [("6ms", 6), ("0.006s", 6), (" 13.5 ms", 13.5), ("1e-2s", 10)])
+def test_times_need_their_unit(text, ms):
+    assert argtypes.milliseconds(text) == pytest.approx(ms)
+
+
+@pytest.mark.parametrize("text", ["6", "6us", "-1ms", "0ms", "2s"])
+def test_times_without_or_with_odd_unit_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        argtypes.milliseconds(text)
+
+
+@pytest.mark.parametrize(("text", "gb"), [("8", 8), ("8G", 8), ("8000M", 8), ("1.5GB", 1.5)])
+def test_memory(text, gb):
+    assert argtypes.gigabytes(text) == pytest.approx(gb)
+
+
+def test_command_line_wins_over_the_config_file(tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text('models = ["nexi"]\nnprocs = 3\nrandom_seed = 7\n')
+    settings = parse("--config-file", str(config), "--models", "r2star")
+    assert settings.models == ("r2star",)
+    assert (settings.nprocs, settings.random_seed) == (3, 7)
+
+
+def test_cores_respect_slurm(monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert available_cores() == 1
+
+
+def test_prior_none_means_no_prior():
+    assert parse("--prior", "none").prior is None
+    assert parse("--prior", "weak").prior == "weak"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["/data", "/out"],
+        ["/data", "/out", "subject"],
+        ["/data", "/out", "participant", "--small-delta", "6"],
+        ["/data", "/out", "participant", "--mask", "/nowhere.nii.gz"],
+        ["/data", "/out", "participant", "--nprocs", "0"],
+        ["/data", "/out", "participant", "--model", "nexi"],
+    ],
+)
+def test_wrong_usage_exits_with_2(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_list_models_needs_no_dataset(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--list-models"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "nexi" in out
+    assert "R2star [1/s]" in out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("bids-gacelle ")
+
+
+def test_absolute_paths():
+    assert parse().bids_dir == Path("/data")

@@ -1,0 +1,117 @@
+"""What will be fitted, and why the rest will not: decided and said before anything runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bids_gacelle.bids.discovery import Options, discover
+from bids_gacelle.bids.images import review_images
+from bids_gacelle.bids.series import Finding, Job, Plan
+from bids_gacelle.errors import InputError
+from bids_gacelle.interfaces.models import check_options, needs_of, select_models
+from bids_gacelle.settings import Settings
+from bids_gacelle.workflows.base import series_key
+
+LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Every model on every series of the sessions asked for, from names and metadata alone.
+
+    Raises
+    ------
+    InputError
+        What was asked for cannot be: unknown model, option, participant, filter, ...
+    """
+    models = select_models(settings.models)
+    check_options(models, settings.model_options)
+    options = Options(
+        participant_labels=settings.participant_label,
+        session_labels=settings.session_label,
+        filters=_filters(settings),
+        derivatives=settings.derivatives,
+        mask=settings.mask,
+        atlases=settings.atlas,
+        combine_dwi=settings.combine_dwi,
+        small_delta_ms=settings.small_delta,
+        big_delta_ms=settings.big_delta,
+        timing_file=settings.timing_file,
+        b0_threshold=settings.b0_threshold,
+        assume_ms=settings.assume_ms,
+        database_dir=settings.bids_database_dir,
+        ignore=settings.ignore,
+    )
+    plan = discover(settings.bids_dir, [needs_of(m) for m in models], options)
+    # Nodes of one series share its images, so its jobs stand together.
+    jobs = sorted(plan.jobs, key=lambda j: (j.series.subject, j.series.session, series_key(j.series)))
+    return replace(plan, jobs=tuple(jobs))
+
+
+def check_plan(plan: Plan) -> Plan:
+    """The plan after a look at the headers of all images; jobs with bad images drop out."""
+    jobs, findings = [], list(plan.findings)
+    for job in plan.jobs:
+        checked, found = review_images(job)
+        jobs.append(checked)
+        findings += found
+    return replace(plan, jobs=tuple(jobs), findings=tuple(findings))
+
+
+def eligible(plan: Plan) -> list[Job]:
+    """Jobs that can be run."""
+    return [job for job in plan.jobs if job.eligible]
+
+
+def blocked_by_error(plan: Plan, job: Job) -> bool:
+    """Whether a job cannot run although its images are there (not merely for want of images)."""
+    return not job.eligible and any(
+        f.severity == "error"
+        and (f.subject, f.session) == (job.series.subject, job.series.session)
+        and f.model in ("", job.model)
+        for f in plan.findings
+    )
+
+
+def table(jobs: Sequence[Job]) -> str:
+    """Subject, session, series and model of every job, and whether it is eligible or why not."""
+    header = ("subject", "session", "series", "model", "eligible")
+    rows = [
+        (
+            f"sub-{j.series.subject}",
+            f"ses-{j.series.session}" if j.series.session else "-",
+            j.series.label,
+            j.model,
+            "yes" if j.eligible else f"no: {j.reason}",
+        )
+        for j in jobs
+    ]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(4)]
+    lines = []
+    for row in (header, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([*cells, row[4]]))
+    return "\n".join(lines)
+
+
+def say(findings: Iterable[Finding], log: Any) -> None:
+    """Log every finding once, errors first."""
+    order = list(LEVELS)
+    for finding in sorted(dict.fromkeys(findings), key=lambda f: order.index(f.severity)):
+        log.log(LEVELS[finding.severity], finding.message)
+
+
+def _filters(settings: Settings) -> dict[str, Any]:
+    path = settings.bids_filter_file
+    if path is None:
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"The filter file {path} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"The filter file {path} must hold one JSON object.")
+    return content
