@@ -25,7 +25,7 @@ from bids_gacelle.bids.series import Job, Plan, Series
 from bids_gacelle.engine import get_model
 from bids_gacelle.errors import InputError
 from bids_gacelle.group import merge_tables
-from bids_gacelle.interfaces.base import LOGGER, start_logging
+from bids_gacelle.interfaces.base import LOGGER, start_logging, stop_logging
 from bids_gacelle.interfaces.models import resolve_device
 from bids_gacelle.interfaces.provenance import fit_hash
 from bids_gacelle.interfaces.report import reported_subjects, write_report
@@ -97,6 +97,7 @@ def participant(settings: Settings, command: Sequence[str], level: int) -> int:
         status = outcomes(settings, plan, run, resumed)
         return _finish(settings, plan, run, status, time.perf_counter() - started)
     finally:
+        stop_logging()
         if not settings.keep_work:
             shutil.rmtree(run["work_dir"], ignore_errors=True)
 

@@ -10,7 +10,13 @@ from itertools import product
 import numpy as np
 
 from bids_gacelle.bids.files import BidsFile, Dataset
-from bids_gacelle.bids.gradients import check_b_values, read_gradients, shells
+from bids_gacelle.bids.gradients import (
+    NotWeighted,
+    check_b_values,
+    read_gradients,
+    read_numbers,
+    shells,
+)
 from bids_gacelle.bids.metadata import MetadataError, Sidecars, constant_fields, sourced
 from bids_gacelle.bids.names import reference_path
 from bids_gacelle.bids.options import Context
@@ -238,9 +244,22 @@ def _dwi_candidates(context: Context, subject: str, session: str) -> list[Candid
         names = ", ".join(f"`{f.label}`" for f in unused)
         notes = (f"{names} not used: the session has preprocessed dwi in '{used[0].dataset}'",)
     single = [_dwi_run(f, context) for f in _without_other_parts(used)]
+    single, left_out = _without_reversed(single)
+    notes += left_out
     if context.options.combine_dwi:
         single = _combined(single)
     return [replace(c, notes=c.notes + notes) for c in single]
+
+
+def _without_reversed(
+    candidates: Sequence[Candidate],
+) -> tuple[list[Candidate], tuple[str, ...]]:
+    """Leave runs of b=0 volumes out, unless there is nothing else."""
+    kept = [c for c in candidates if not isinstance(c.problem, NotWeighted)]
+    if not kept:
+        return list(candidates), ()
+    names = [f"`{c.files[0].label}`" for c in candidates if c not in kept]
+    return kept, (f"{', '.join(names)} not used: b=0 volumes only",) if names else ()
 
 
 def _without_other_parts(files: Sequence[BidsFile]) -> list[BidsFile]:
@@ -323,7 +342,16 @@ def _raw_runs(image: BidsFile, context: Context) -> list[tuple[Dataset, BidsFile
         and not _preprocessed(f)
         and f.entities.get("part", "mag") == "mag"
         and said.items() <= f.entities.items()
+        and not _is_b0_only(f, context)
     ]
+
+
+def _is_b0_only(image: BidsFile, context: Context) -> bool:
+    try:
+        b = read_numbers(_gradient_file(context.raw, image, ".bval").path)
+    except MetadataError:
+        return False
+    return bool(b) and max(b) < context.options.b0_threshold
 
 
 def _spatial_reference(image: BidsFile, dataset: Dataset) -> str:

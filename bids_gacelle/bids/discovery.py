@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,6 +63,7 @@ def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> P
         The request itself cannot be met: no dataset there, unknown participant, session, query
         or metadata field.
     """
+    bids_dir = bids_dir.absolute()
     subjects = _participants(bids_dir, options.participant_labels)
     sessions = _sessions(bids_dir, subjects, options)
     context = _open(bids_dir, subjects, options)
@@ -76,7 +76,7 @@ def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> P
                 jobs.append(job)
                 findings.update(dict.fromkeys(found))
         findings.update(dict.fromkeys(_unused_poison(context, subject, used)))
-    findings.update(dict.fromkeys(_other_derivatives(context)))
+    findings.update(dict.fromkeys(_about_datasets(context, subjects)))
     datasets = {d.name: str(d.root) for d in (context.raw, *context.derivatives)}
     return Plan(tuple(jobs), tuple(findings), datasets)
 
@@ -117,11 +117,9 @@ def _chosen(
     labels = [w.removeprefix(prefix) for w in wanted]
     for label in labels:
         if label not in there:
-            near = difflib.get_close_matches(label, there, n=1)
-            guess = f" Did you mean {near[0]}?" if near else ""
             shown = ", ".join(there[:_SHOWN]) + (", ..." if len(there) > _SHOWN else "")
             listed = f"it has {len(there)}: {shown}" if there else "it has none"
-            raise InputError(f"No {what} '{label}' in {where}; {listed}.{guess}")
+            raise InputError(f"No {what} '{label}' in {where}; {listed}.")
     return [label for label in there if label in labels]
 
 
@@ -138,7 +136,7 @@ def _open(bids_dir: Path, subjects: Sequence[str], options: Options) -> Context:
             raise InputError(f"-d {name}={path}: there is no such folder.")
     raw = open_dataset("raw", bids_dir, subjects, options.database_dir)
     derivatives = tuple(
-        open_dataset(name, path, subjects, options.database_dir)
+        open_dataset(name, path.absolute(), subjects, options.database_dir)
         for name, path in options.derivatives.items()
     )
     return Context(raw, derivatives, options, queries)
@@ -276,9 +274,9 @@ def _unused_poison(context: Context, subject: str, used: set[Path]) -> Iterator[
             try:
                 _check_field(field, image, sidecars, context.options.assume_ms)
             except MetadataError as error:
-                subject_of = subject if f"sub-{subject}" in Path(error.file).parts else ""
+                # about a file, not about a subject: no job of the subject is stopped by it
                 message = f"{error} (No model asked for uses `{image.suffix}` images.)"
-                yield Finding("error", message, subject_of, "", "", error.file, error.field)
+                yield Finding("error", message, file=error.file, field=error.field)
 
 
 def _check_field(
@@ -293,8 +291,15 @@ def _check_field(
         scalar(found, field, assume_ms)
 
 
-def _other_derivatives(context: Context) -> Iterator[Finding]:
-    """One note on derivatives that lie in the dataset and were not given."""
+def _about_datasets(context: Context, subjects: Sequence[str]) -> Iterator[Finding]:
+    """Name derivatives that were given but hold nothing, and those that were not given."""
+    for dataset in context.derivatives:
+        if not any(dataset.images(subject) for subject in subjects):
+            message = (
+                f"-d {dataset.name}={dataset.root} has no image of the participants asked for; it "
+                "must be the folder with their sub-<label> folders."
+            )
+            yield Finding("warning", message, file=str(dataset.root))
     folder = context.raw.root / "derivatives"
     given = {d.root.resolve() for d in context.derivatives}
     there = [

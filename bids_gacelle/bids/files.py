@@ -132,8 +132,13 @@ def open_dataset(
     subjects : labels without ``sub-``.
     database_dir : where the index of all subjects is kept between runs (None: nothing is kept).
     """
-    paths = _index(root, sorted(subjects), database_dir and database_dir / name)
-    return Dataset(name, root, tuple(parse_file(p, root, name) for p in sorted(paths)))
+    wanted = {f"sub-{s}" for s in subjects}
+    database = database_dir and database_dir / name
+    paths = _index(root, sorted(subjects), database, anew=False)
+    if database and _is_outdated(paths, root, wanted):
+        paths = _index(root, sorted(subjects), database, anew=True)
+    kept = [p for p in paths if _belongs(p.relative_to(root), wanted)]
+    return Dataset(name, root, tuple(parse_file(p, root, name) for p in sorted(kept)))
 
 
 def subject_labels(root: Path) -> list[str]:
@@ -151,6 +156,19 @@ def _labels(folder: Path, prefix: str) -> list[str]:
     return sorted(f.name.removeprefix(prefix) for f in folders if f.is_dir())
 
 
+def _is_outdated(paths: list[Path], root: Path, wanted: set[str]) -> bool:
+    """Whether a kept index is of another dataset, or older than one of the subjects."""
+    if not all(p.is_relative_to(root) for p in paths):
+        return True
+    indexed = {p.relative_to(root).parts[0] for p in paths}
+    return any(name not in indexed and (root / name).is_dir() for name in wanted)
+
+
+def _belongs(relative: Path, wanted: set[str]) -> bool:
+    top = relative.parts[0]
+    return len(relative.parts) == 1 or top in wanted or not top.startswith("sub-")
+
+
 def _upwards(folder: Path, root: Path) -> Iterator[Path]:
     while folder != root:
         yield folder
@@ -158,8 +176,8 @@ def _upwards(folder: Path, root: Path) -> Iterator[Path]:
     yield root
 
 
-def _index(root: Path, subjects: list[str], database: Path | None) -> list[Path]:
-    """Paths of the subjects and of the files above them."""
+def _index(root: Path, subjects: list[str], database: Path | None, anew: bool) -> list[Path]:
+    """Paths of the files of a dataset, at least those of the subjects and above them."""
     from bids import BIDSLayout, BIDSLayoutIndexer  # 1 s to import: only when a dataset is opened
 
     # A kept index serves later runs with other participants, so it has them all.
@@ -171,19 +189,18 @@ def _index(root: Path, subjects: list[str], database: Path | None) -> list[Path]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old fields of somebody's dataset_description.json
             layout = BIDSLayout(
-                root, validate=False, config=["bids"], indexer=indexer, database_path=database
+                root,
+                validate=False,
+                config=["bids"],
+                indexer=indexer,
+                database_path=database,
+                reset_database=anew,
             )
     except (TypeError, AttributeError, KeyError, ValueError):
         # pybids trips over descriptions such as {"GeneratedBy": {"Name": ...}}; names are enough.
         paths = [p for p in root.rglob("*") if p.is_file()]
         return [p for p in paths if not _SKIPPED.search("/" + p.relative_to(root).as_posix())]
-    wanted = {*(f"sub-{s}" for s in subjects)}
     paths = [Path(p) for p in layout.get(return_type="filename")]
     layout.session.close()
     layout.connection_manager.engine.dispose()
-    return [p for p in paths if _belongs(p.relative_to(root), wanted)]
-
-
-def _belongs(relative: Path, wanted: set[str]) -> bool:
-    top = relative.parts[0]
-    return len(relative.parts) == 1 or top in wanted or not top.startswith("sub-")
+    return paths

@@ -16,6 +16,7 @@ _Float = npt.NDArray[np.float64]
 # As in the engine's signal preparation: b-values closer than this to their neighbour in the
 # sorted list are one shell.
 _B_GAP = (30.0, 0.05)  # s/mm^2, or this fraction of b, whichever is larger
+_FEW = 5  # volumes: so few with low b may well be b=0 volumes only
 _TIMING_DIGITS = 1  # of times in ms
 
 
@@ -75,15 +76,20 @@ def _rows(path: str | Path) -> list[list[float]]:
         raise MetadataError(f"`{path.name}` cannot be read as numbers ({error}).", path) from None
 
 
+class NotWeighted(MetadataError):
+    """A run of b=0 volumes only, such as one with reversed phase encoding."""
+
+
 def check_b_values(b: _Float, b0_threshold: float, name: str, file: Path) -> None:
     """Refuse b-values without b = 0, without diffusion weighting, or in the wrong unit."""
     if b.max() < b0_threshold:
-        unit = "; they look like ms/um^2, BIDS wants s/mm^2" if 0.1 <= b.max() < 60 else ""
-        raise MetadataError(
+        message = (
             f"`{name}` has no diffusion-weighted volume: the highest b-value is {b.max():g} "
-            f"s/mm^2, below the b0 threshold of {b0_threshold:g}{unit}.",
-            file,
+            f"s/mm^2, below the b0 threshold of {b0_threshold:g}"
         )
+        if 0.1 <= b.max() < 60 and len(b) > _FEW:
+            raise MetadataError(f"{message}; they look like ms/um^2, BIDS wants s/mm^2.", file)
+        raise NotWeighted(f"{message}.", file)
     if b.min() >= b0_threshold:
         raise MetadataError(
             f"`{name}` has no b=0 volume to normalise by: the lowest b-value is {b.min():g} "

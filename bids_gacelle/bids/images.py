@@ -188,9 +188,9 @@ def _require_all_data(path: Path, image: SpatialImage) -> None:
     needed = int(proxy.offset) + int(np.prod(image.shape)) * header.get_data_dtype().itemsize
     if path.suffix != ".gz":
         size = path.stat().st_size
-    elif _gzip_size(path) >= needed:
+    elif _gzip_size(path) == needed % 2**32:
         return
-    else:  # several gzip members, more than 4 GB, or truncated: only reading tells
+    else:  # truncated, several gzip members, or bytes after the data: only reading tells
         size = _count_bytes(path)
     if size < needed:
         raise EOFError(f"{size} of {needed} bytes are there")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -27,7 +28,11 @@ from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver
 from bids_gacelle.engine.study import Block, Study
 from bids_gacelle.engine.uncertainty import assess
 
-_PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+_PRECISIONS = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+}  # Double-precision temporaries of an assessment take some 20 kB a voxel.
+_JUDGED_AT_ONCE = 4096
 
 Progress = Callable[[int, int], None]
 
@@ -211,7 +216,13 @@ class _Fitter:
         problem = Problem(self.kernel, voxels, self.exact, exact, self.settings, report)
         solution = self.solver(problem)
         solution = replace(solution, position=solution.position.double())
-        maps.store(begin, block, self.exact, solution, assess(self.exact, exact, solution))
+        n = exact.data.shape[-1]
+        for start in range(0, n, _JUDGED_AT_ONCE):
+            part = slice(start, min(start + _JUDGED_AT_ONCE, n))
+            ended = solution.take(part)
+            verdict = assess(self.exact, exact.take(part), ended)
+            where = begin + np.flatnonzero(block.usable)[part]
+            maps.store(where, block.scale[part], self.exact, ended, verdict)
 
     def _residual_variance(self, exact: Voxels) -> Tensor:
         """Return the noise variance of each voxel from its fit without the prior."""

@@ -1,4 +1,4 @@
-"""Turns a model and an objective into the functions a solver calls: one place, eager or compiled."""
+"""Turns a model and an objective into the functions a solver calls, eager or compiled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -100,13 +101,16 @@ class Kernel:
         self.logs = tuple(p.coordinate == "log" for p in parameters)
         amplitudes = [i for i, p in enumerate(parameters) if p.amplitude]
         if len(amplitudes) > 1:
-            raise ValueError(f"{model.name} declares {len(amplitudes)} amplitudes; one is allowed.")
+            raise ValueError(
+                f"{model.name} declares {len(amplitudes)} amplitudes; one is allowed."
+            )
         self.amplitude = amplitudes[0] if amplitudes else None
         self.lower = self._column([p.to_coordinate(p.bounds[0]) for p in parameters])
         self.upper = self._column([p.to_coordinate(p.bounds[1]) for p in parameters])
         boxes = [(0.0, float("nan")) if p.amplitude else p.start or p.bounds for p in parameters]
         coordinates = [
-            tuple(p.to_coordinate(v) for v in box) for p, box in zip(parameters, boxes, strict=True)
+            tuple(p.to_coordinate(v) for v in box)
+            for p, box in zip(parameters, boxes, strict=True)
         ]
         self.box = tuple(coordinates)
         self.width = self._column([high - low for low, high in coordinates])
@@ -118,7 +122,7 @@ class Kernel:
     @property
     def runs_compiled(self) -> bool:
         """Whether a step of this kernel was compiled and works."""
-        return isinstance(self.lm_step, Compiled) and self.lm_step.proven
+        return isinstance(self.lm_step, Compiled) and self.lm_step.works
 
     def _column(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=self.dtype, device=self.device)[:, None]
@@ -214,7 +218,7 @@ def compile_wanted(evaluations: int, device: torch.device) -> bool:
 
 
 class Compiled:
-    """A function compiled at its first call; eager for good, with one logged line, when that fails.
+    """A function compiled at its first call; eager, with one logged line, when that fails.
 
     Parameters
     ----------
@@ -223,30 +227,33 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
-        self._eager = function
-        self._compiled: Callable[..., tuple[Tensor, ...]] | None = torch.compile(
-            function, dynamic=False
-        )
-        self.proven = False
+        self._function = function
+        self._call: Callable[..., tuple[Tensor, ...]] | None = None
+        self.works = False
 
     def __call__(self, *args: object) -> tuple[Tensor, ...]:
-        """Call the compiled function, or the eager one after a failure."""
-        if self._compiled is not None:
-            try:
-                result = self._compiled(*args)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except Exception as error:
-                # Any failure of the tool chain (no compiler, no headers, no space for the cache)
-                # may only cost speed; a real error of the function comes again in eager mode.
-                if self.proven:
-                    raise
-                logger.warning("Compilation failed, continuing without: %s", _first_line(error))
-                self._compiled = None
-            else:
-                self.proven = True
-                return result
-        return self._eager(*args)
+        """Call the compiled function, or the eager one after a failed compilation."""
+        if self._call is None:
+            return self._first_call(*args)
+        return self._call(*args)
+
+    def _first_call(self, *args: object) -> tuple[Tensor, ...]:
+        try:
+            # What torch's own passes warn about concerns nobody here.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                compiled = torch.compile(self._function, dynamic=False)
+                result = compiled(*args)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Any failure of the tool chain (no compiler, no headers, no space for the cache) may
+            # only cost speed; a real error of the function comes again in eager mode.
+            logger.warning("Compilation failed, continuing without: %s", _first_line(error))
+            self._call = self._function
+            return self._function(*args)
+        self._call, self.works = compiled, True
+        return result
 
 
 def _first_line(error: Exception) -> str:

@@ -101,7 +101,8 @@ def _check_normal(parameter: Parameter, normal: tuple[float, float]) -> tuple[fl
         )
     if not (np.isfinite(mean) and np.isfinite(sd) and sd > 0):
         raise ValueError(
-            f"The prior of {parameter.name} is ({mean}, {sd}); mean must be finite and sd positive."
+            f"The prior of {parameter.name} is ({mean}, {sd}); "
+            "the mean must be finite and the sd positive."
         )
     return mean, sd
 

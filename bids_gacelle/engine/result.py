@@ -13,7 +13,7 @@ from torch import Tensor
 from bids_gacelle.engine.kernels import Kernel
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.solvers import Solution
-from bids_gacelle.engine.study import Block, Study
+from bids_gacelle.engine.study import Study
 from bids_gacelle.engine.uncertainty import Assessment, standard_deviations
 
 FLAG_OUTSIDE = 1
@@ -77,21 +77,30 @@ class Maps:
 
     def store(
         self,
-        begin: int,
-        block: Block,
+        where: NDArray[np.intp],
+        scale: Tensor,
         kernel: Kernel,
         solution: Solution,
         assessment: Assessment,
     ) -> None:
-        """Store the usable voxels of a block that begins at voxel `begin` of the mask."""
-        where = begin + np.flatnonzero(block.usable)
+        """Store some voxels.
+
+        Parameters
+        ----------
+        where
+            Their indices in the mask.
+        scale
+            What their data were divided by.
+        kernel, solution, assessment
+            In double precision.
+        """
         values = self._natural(kernel, solution.position)
         values.update(kernel.model.derive(values))
         std = standard_deviations(kernel, solution.position, assessment)
         for parameter in self.model.parameters:
             if parameter.amplitude:
-                values[parameter.name] = values[parameter.name] * block.scale
-                std[parameter.name] = std[parameter.name] * block.scale
+                values[parameter.name] = values[parameter.name] * scale
+                std[parameter.name] = std[parameter.name] * scale
         for name in self._values:
             finite = values[name].isfinite()
             self._values[name][where] = _to_host(torch.where(finite, values[name], torch.nan))

@@ -114,7 +114,7 @@ class DiffusionScheme(_Scheme):
             if late.any():
                 raise ValueError(
                     f"small_delta {self.small_delta[late][0]} ms is longer than big_delta "
-                    f"{self.big_delta[late][0]} ms; the pulse duration cannot exceed the separation."
+                    f"{self.big_delta[late][0]} ms; a pulse cannot outlast the separation."
                 )
 
 

@@ -78,19 +78,31 @@ def find_starts(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Tenso
 
 
 def _chunk_starts(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Tensor:
-    score = _misfit(kernel, voxels, dictionary)
-    starts = []
-    for region in dictionary.regions:
-        best = region[score[region].argmin(0)]
-        starts.append(dictionary.position[:, best])
-    guess = kernel.model.guess(voxels.data, voxels.inputs)
-    if guess is not None:
-        fallback = dictionary.position[:, score.argmin(0)]
-        filled = {**kernel.parameters(fallback), **guess}
-        position = kernel.coordinates(filled)
-        starts[0] = torch.where(position.isfinite(), position, fallback)
+    guess = _guess(kernel, voxels)
+    if guess is not None and len(dictionary.regions) == 1 and bool(guess.isfinite().all()):
+        starts = [guess]
+    else:
+        score = _misfit(kernel, voxels, dictionary)
+        starts = [
+            dictionary.position[:, region[score[region].argmin(0)]]
+            for region in dictionary.regions
+        ]
+        if guess is not None:
+            fallback = dictionary.position[:, score.argmin(0)]
+            starts[0] = torch.where(guess.isfinite(), guess, fallback)
     bounded = [torch.maximum(torch.minimum(s, kernel.upper), kernel.lower) for s in starts]
     return torch.stack([_project_amplitude(kernel, s, voxels) for s in bounded])
+
+
+def _guess(kernel: Kernel, voxels: Voxels) -> Tensor | None:
+    """Return the model's guess in solver coordinates, an amplitude as 1; None if it has none."""
+    guess = kernel.model.guess(voxels.data, voxels.inputs)
+    if guess is None:
+        return None
+    if kernel.amplitude is not None:
+        amplitude = kernel.model.parameters[kernel.amplitude].name
+        guess = {**guess, amplitude: torch.ones_like(voxels.data[0])}
+    return kernel.coordinates(guess)
 
 
 def _misfit(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Tensor:

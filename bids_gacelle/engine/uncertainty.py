@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bids_gacelle.engine.derivatives import voxelwise_gradients
 from bids_gacelle.engine.kernels import Kernel, Voxels
 from bids_gacelle.engine.solvers.base import Solution
 
@@ -116,16 +117,9 @@ def standard_deviations(
         out[name] = torch.where(assessment.at_bound[i], torch.nan, sd)
     if not kernel.model.derived:
         return out
-    slopes = []
-    for i in range(len(names)):
-        unit = torch.zeros_like(position)
-        unit[i] = 1
-        _, slope = torch.func.jvp(
-            lambda z: kernel.model.derive(kernel.parameters(z)), (position,), (unit,)
-        )
-        slopes.append(slope)
+    slopes = voxelwise_gradients(lambda z: kernel.model.derive(kernel.parameters(z)), position)
     for name in kernel.model.derived_names:
-        gradient = torch.stack([slope[name] for slope in slopes])
+        gradient = slopes[name]
         total = (gradient[:, None] * assessment.covariance * gradient).sum((0, 1))
         out[name] = torch.where(total > 0, total, torch.nan).sqrt()
     return out

@@ -74,21 +74,30 @@ def series_label(series: dict[str, Any]) -> str:
 
 
 def start_logging(run: dict[str, Any]) -> None:
-    """Send our messages to the terminal and the run's log file, once per process.
+    """Send our messages to the terminal and the run's log file, once per process and run.
 
     Nipype's own messages, tracebacks of nodes among them, go to the file only.
     """
-    if LOGGER.handlers:
+    log_file = str(Path(run["log_file"]).absolute())
+    if any(getattr(handler, "baseFilename", "") == log_file for handler in LOGGER.handlers):
         return
+    stop_logging()
     line = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
-    file = logging.FileHandler(run["log_file"], delay=True)
-    screen = logging.StreamHandler()
-    for handler in (file, screen):
+    file = logging.FileHandler(log_file, delay=True)
+    handlers: list[logging.Handler] = [file, logging.StreamHandler()]
+    for handler in handlers:
         handler.setFormatter(line)
-        LOGGER.addHandler(handler)
+    LOGGER.handlers = handlers
     LOGGER.setLevel(run["log_level"])
     LOGGER.propagate = False
     for name in ("nipype", "nipype.workflow", "nipype.interface", "nipype.utils"):
         other = logging.getLogger(name)
         other.handlers = [file]
         other.propagate = False
+
+
+def stop_logging() -> None:
+    """Close the log of the run."""
+    for handler in LOGGER.handlers:
+        handler.close()
+    LOGGER.handlers = []

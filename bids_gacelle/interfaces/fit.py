@@ -84,6 +84,12 @@ def build_model(name: str, settings: Settings, prepared: dict[str, Any]) -> tupl
     return model, np.load(prepared["signals"], mmap_mode="r")[: model.n_measurements]
 
 
+def load_fit(fitted: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays of a fit over the voxels of the mask: ``map_*``, ``std_*``, ``flags``, ``nrmse``."""
+    with np.load(fitted["file"]) as arrays:
+        return dict(arrays)
+
+
 def _fit_call(
     model: Any, settings: Settings, prepared: dict[str, Any]
 ) -> Callable[[np.ndarray, slice, Any], FitResult]:

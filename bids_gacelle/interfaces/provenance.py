@@ -174,8 +174,14 @@ def _dwi_sources(series: Series, key: str) -> list[str]:
     return list(dict.fromkeys(s for v in values if v is not None for s in v.sources))
 
 
-@lru_cache(maxsize=4096)
 def _digest(path: str) -> str:
+    state = Path(path).stat()
+    return _digest_of(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: str, changed: int, size: int) -> str:
+    """Digest of a file's content; its time and size tell a changed file from one seen before."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -38,14 +38,15 @@ def _latest(out_dir: Path, subject: str) -> tuple[list[dict[str, Any]], dict[str
         for job in jobs:
             status[tuple(job.get(k, "") for k in ("session", "series", "model"))] = job
         if jobs:
-            run = _run_of(path.parent, content)
+            run = _run_of(path.parent, content, any(j["status"] == "failed" for j in jobs))
     return list(status.values()), run
 
 
-def _run_of(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+def _run_of(folder: Path, content: dict[str, Any], failed: bool) -> dict[str, Any]:
+    """What the page says of a run; the end of its log only where something failed."""
     log = folder / "bids_gacelle.log"
     config = folder / "bids_gacelle.toml"
-    lines = log.read_text().splitlines() if log.exists() else []
+    lines = log.read_text().splitlines() if failed and log.exists() else []
     return {
         "command": content["command"],
         "run_id": content["run"],

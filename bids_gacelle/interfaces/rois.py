@@ -15,7 +15,7 @@ from bids_gacelle.bids.output import write_json, write_tsv
 from bids_gacelle.bids.series import Atlas, Series, series_from_json
 from bids_gacelle.bids.sidecar import TABLE_COLUMNS, table_sidecar
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
-from bids_gacelle.interfaces.fit import build_model
+from bids_gacelle.interfaces.fit import build_model, load_fit
 from bids_gacelle.interfaces.provenance import fit_record
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes, same_grid
@@ -70,7 +70,7 @@ class RoiStatistics(Step):
         self, model: Any, atlas: Atlas, labels: np.ndarray, mask: np.ndarray
     ) -> list[dict[str, Any]]:
         lookup = read_lookup(Path(atlas.table) if atlas.table else None, labels)
-        fit = np.load(self.inputs.fitted["file"])
+        fit = load_fit(self.inputs.fitted)
         valid = scatter((fit["flags"] & NO_ESTIMATE) == 0, mask, False)
         rows = []
         for parameter in (*model.parameters, *model.derived):

@@ -16,7 +16,7 @@ from bids_gacelle.bids.output import write_image, write_json, write_tsv
 from bids_gacelle.bids.series import series_from_json
 from bids_gacelle.interfaces import provenance
 from bids_gacelle.interfaces.base import Step, StepInputSpec
-from bids_gacelle.interfaces.fit import build_model
+from bids_gacelle.interfaces.fit import build_model, load_fit
 from bids_gacelle.interfaces.rois import scatter
 from bids_gacelle.settings import Settings
 
@@ -49,7 +49,7 @@ class WriteMaps(Step):
         self._series = series_from_json(self.inputs.series)
         self._mask = np.load(self.inputs.mask["file"])
         self._reference = nib.load(self.inputs.collected["reference"])
-        self._fit = np.load(self.inputs.fitted["file"])
+        self._fit = load_fit(self.inputs.fitted)
         self._model, _ = build_model(self.inputs.model, settings, self.inputs.prepared)
         datasets = self.inputs.run["datasets"]
         self._record = provenance.fit_record(

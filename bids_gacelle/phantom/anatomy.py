@@ -114,7 +114,7 @@ class Anatomy:
 
 @cache
 def load_template() -> Template:
-    """The tissue maps from nilearn's installed files, read without importing nilearn.
+    """Read the tissue maps from nilearn's installed files, without importing nilearn.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def load_template() -> Template:
             "installed: run `pip install bids-gacelle[phantom]`."
         )
     folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
-    images = []
+    images: list[nib.Nifti1Image] = []
     for tissue in ("gm", "wm", "t1"):
         path = folder / f"mni_icbm152_{tissue}_tal_nlin_sym_09a_converted.nii.gz"
         if not path.exists():
@@ -136,15 +136,15 @@ def load_template() -> Template:
                 f"The digital brain needs {path.name}, which this version of nilearn no longer "
                 "ships: run `pip install 'nilearn>=0.10,<0.15'`."
             )
-        images.append(nib.load(path))
+        images.append(nib.Nifti1Image.from_filename(path))
     gray, white, t1 = (np.asarray(image.dataobj, dtype=np.float32) / 255 for image in images)
     return Template(gray, white, ndimage.binary_fill_holes(t1 > 0), images[0].affine)
 
 
 def make_anatomy(
-    subject: int = 1, session: int = 1, *, resolution: float = 3.0, seed: int = 0
+    subject: int = 1, session: int = 1, *, resolution: float = 4.0, seed: int = 0
 ) -> Anatomy:
-    """The head of one subject as placed in the scanner in one session.
+    """Return the head of one subject as placed in the scanner in one session.
 
     Size and shape belong to the subject, the position in the scanner to the session. Slices are
     straight axial for odd subjects and oblique for even ones, stored right to left as scanners
@@ -226,7 +226,7 @@ def _sample(template: Template, mni: np.ndarray, resolution: float) -> Sequence[
 
 
 def _label(gray: np.ndarray, white: np.ndarray, brain: np.ndarray, mni: np.ndarray) -> np.ndarray:
-    """The most probable tissue of each voxel, deep nuclei drawn over it; uint8 (x, y, z)."""
+    """Return the most probable tissue of each voxel, deep nuclei over it; uint8 (x, y, z)."""
     labels = np.full(gray.shape, Label.CSF, dtype=np.uint8)
     # Averaging over heads has blurred the sulci; the weight opens them again.
     fluid = 1.3 * (brain - gray - white)
@@ -248,7 +248,7 @@ def _largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def _scalp(brain: np.ndarray, mni: np.ndarray, resolution: float) -> np.ndarray:
-    """A shell of skin and fat, clear of the brain by the thickness of the skull."""
+    """Return a shell of skin and fat, clear of the brain by the thickness of the skull."""
     reach = round(10 / resolution)
     hull = ndimage.binary_closing(np.pad(brain, reach), iterations=reach)
     distance = ndimage.distance_transform_edt(~hull)[(slice(reach, -reach),) * 3] * resolution

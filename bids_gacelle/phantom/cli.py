@@ -16,7 +16,7 @@ MODELS = {"megre": ("r2star",), "vfa": ("despot1",), "dwi": ("mcmicro", "nexi")}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Describe the command line."""
     parser = argparse.ArgumentParser(
         prog="bids-gacelle-phantom",
         description="Write a raw BIDS dataset of digital brains, with the true parameter maps and "
@@ -31,12 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         type=float,
         default=50.0,
-        help="white matter over noise in the first echo, the best flip angle and b=0; inf for none",
+        help="white matter over noise in echo 1, the best flip angle and b=0; inf for none",
     )
     parser.add_argument(
         "--contrasts", metavar="LIST", default=",".join(MODELS), help="any of them, with commas"
     )
-    parser.add_argument("--resolution", metavar="MM", type=float, default=3.0, help="voxel size")
+    parser.add_argument("--resolution", metavar="MM", type=float, default=4.0, help="voxel size")
     parser.add_argument("--seed", metavar="SEED", type=int, default=0, help="of all randomness")
     parser.add_argument(
         "--dwi-model",
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def suggestion(out: Path, contrasts: Sequence[str]) -> str:
-    """The ``bids-gacelle`` command that fits everything in the dataset, for a shell."""
+    """Return the ``bids-gacelle`` command that fits everything in the dataset, for a shell."""
     models = [model for contrast in contrasts for model in MODELS[contrast]]
     words = ["bids-gacelle", str(out), str(out / "derivatives" / "bids_gacelle"), "participant"]
     words += ["--models", ",".join(models), "-d", f"truth={out / 'derivatives' / 'truth'}"]

@@ -7,14 +7,14 @@ multi-echo gradient echo starts from), `nexi` or `mcmicro` the diffusion-weighte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from bids_gacelle.bids.series import Kind
 from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme, Parameter, get_model
 from bids_gacelle.phantom.anatomy import Anatomy, Label
 from bids_gacelle.phantom.directions import directional_signal, spread_directions
@@ -95,7 +95,7 @@ class Contrast:
     """
 
     model: str
-    kind: str
+    kind: Kind
     images: Iterable[Image] = field(repr=False)
     truth: tuple[tuple[Parameter, np.ndarray], ...]
     brightness: float
@@ -116,28 +116,28 @@ class Head:
         return self.anatomy.labels > 0
 
     def parameter(self, quantity: str) -> np.ndarray:
-        """A parameter of `tissue.QUANTITIES` in the voxels inside, float64 (voxels,)."""
+        """Return a parameter of `tissue.QUANTITIES` in the voxels inside, float64 (voxels,)."""
         ids = {"subject": self.subject, "session": self.session, "seed": self.seed}
         return parameter_map(quantity, self.anatomy, **ids)[self.inside]
 
     def transmit(self) -> np.ndarray:
-        """Relative B1+, float64 (x, y, z)."""
+        """Return the relative B1+, float64 (x, y, z)."""
         ids = {"subject": self.subject, "session": self.session, "seed": self.seed}
         return transmit_field(self.anatomy, **ids)
 
     def volume(self, values: np.ndarray) -> np.ndarray:
-        """Values of the voxels inside (..., voxels) as float32 (x, y, z, ...), 0 elsewhere."""
+        """Return values (..., voxels) of the voxels inside as float32 (x, y, z, ...)."""
         out = np.zeros((*self.inside.shape, *values.shape[:-1]), dtype=np.float32)
         out[self.inside] = np.moveaxis(values, -1, 0)
         return out
 
     def white_matter(self, values: np.ndarray) -> float:
-        """Mean over white matter of values (voxels,)."""
+        """Return the mean over white matter of values (voxels,)."""
         return float(values[self.anatomy.labels[self.inside] == Label.WHITE_MATTER].mean())
 
 
 def megre(head: Head) -> Contrast:
-    """Multi-echo gradient echo: twelve echoes of a spoiled steady state."""
+    """Make the multi-echo gradient echo: twelve echoes of a spoiled steady state."""
     scheme = GradientEchoScheme(flip_angle=[MEGRE_FLIP, MEGRE_FLIP], repetition_time=TR_S)
     steady = _signal("despot1", scheme, _relaxation(head), b1=head.transmit()[head.inside])[0]
     values = {"S0": steady, "R2star": head.parameter("R2star")}
@@ -153,7 +153,7 @@ def megre(head: Head) -> Contrast:
 
 
 def vfa(head: Head) -> Contrast:
-    """Variable flip angles, with the map of the transmit field that scales them."""
+    """Make the variable flip angles, with the map of the transmit field that scales them."""
     scheme = GradientEchoScheme(flip_angle=VFA_FLIPS, repetition_time=TR_S)
     b1, values = head.transmit(), _relaxation(head)
     signal = _signal("despot1", scheme, values, b1=b1[head.inside])
@@ -175,58 +175,58 @@ def vfa(head: Head) -> Contrast:
 
 
 def dwi(head: Head, model: str = "nexi") -> Contrast:
-    """Diffusion-weighted runs, one per diffusion time; `model` is "nexi" or "mcmicro"."""
-    options = {"l_max": 2} if model == "nexi" else {}
+    """Make the diffusion-weighted runs, one per diffusion time; `model` is "nexi" or "mcmicro"."""
+    options: dict[str, Any] = {"l_max": 2} if model == "nexi" else {}
     values = {name: head.parameter(f"{model}.{name}") for name in DWI_MODELS[model]}
     b0 = DWI_SCALE * head.parameter("b0")
     scheme = diffusion_scheme()
-    invariants = _signal(model, scheme, values, **options)
-    s2 = invariants[len(scheme) :] if options else [None] * len(scheme)
-    shells = list(zip(scheme.b, invariants, s2, strict=False))
+    signals = _signal(model, scheme, values, **options)
+    s0, s2 = signals[: len(scheme)], signals[len(scheme) :] if options else None
     fibres = fibre_direction(head.anatomy, subject=head.subject, seed=head.seed)[head.inside]
 
     def images() -> Iterator[Image]:
         for big_delta in SHELLS:
-            of_run = [
-                shell for shell, d in zip(shells, scheme.big_delta, strict=True) if d == big_delta
-            ]
             bvals, directions = gradient_table(big_delta, head.seed)
             signal = np.empty((len(bvals), len(b0)), dtype=np.float32)
             signal[bvals == 0] = b0
-            for b, zeroth, second in of_run:
-                volumes = bvals == 1000 * b
-                cosine = directions[volumes] @ fibres.T
-                signal[volumes] = b0 * directional_signal(zeroth, second, cosine)
+            for i, (delta, b) in enumerate(_shells()):
+                if delta == big_delta:
+                    volumes = bvals == 1000 * b
+                    cosine = directions[volumes] @ fibres.T
+                    second = None if s2 is None else s2[i]
+                    signal[volumes] = b0 * directional_signal(s0[i], second, cosine)
             gradients = bvals, _fsl_frame(directions, head.anatomy.affine)
-            entities = {"acq": f"D{big_delta:.0f}"}
-            yield Image(
-                "dwi", entities, "dwi", head.volume(signal), _dwi_sidecar(big_delta), gradients
-            )
+            entities, sidecar = {"acq": f"D{big_delta:.0f}"}, _dwi_sidecar(big_delta)
+            yield Image("dwi", entities, "dwi", head.volume(signal), sidecar, gradients)
 
     truth = _truth(model, scheme, values, head, **options)
     return Contrast(model, "dwi", images(), truth, head.white_matter(b0))
 
 
 def diffusion_scheme() -> DiffusionScheme:
-    """All shells of all runs, in their order."""
-    b, big_delta = zip(*((b, d) for d, shells in SHELLS.items() for b in shells), strict=True)
+    """Return all shells of all runs, in their order."""
+    big_delta, b = zip(*_shells(), strict=True)
     return DiffusionScheme(b, big_delta=big_delta, small_delta=SMALL_DELTA_MS)
 
 
-CONTRASTS = {"megre": megre, "vfa": vfa, "dwi": dwi}
+def _shells() -> list[tuple[float, float]]:
+    """Return Delta in ms and b in ms/um^2 of every shell."""
+    return [(big_delta, b) for big_delta, shells in SHELLS.items() for b in shells]
+
+
+CONTRASTS: dict[str, Callable[[Head], Contrast]] = {"megre": megre, "vfa": vfa, "dwi": dwi}
 """Name on the command line -> what makes it."""
 DWI_MODELS = {"nexi": ("fn", "dn", "de", "tex", "p2"), "mcmicro": ("fn", "d")}
 """Models that can make the diffusion signals, and their parameters."""
 
 
 def make_contrast(name: str, head: Head, dwi_model: str = "nexi") -> Contrast:
-    """The contrast of that name, a key of `CONTRASTS`."""
-    make = {**CONTRASTS, "dwi": partial(dwi, model=dwi_model)}[name]
-    return make(head)
+    """Make the contrast of that name, a key of `CONTRASTS`."""
+    return dwi(head, dwi_model) if name == "dwi" else CONTRASTS[name](head)
 
 
 def add_noise(image: Image, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Magnitude of the image with complex Gaussian noise (Rician), as it is stored.
+    """Return the magnitude of the image with complex Gaussian noise (Rician), as it is stored.
 
     Whole numbers, as scanners store them, where rounding adds less than 1 % to the variance of
     the noise (sigma of 3 or more); floating point otherwise, so that an image without noise is
@@ -248,9 +248,13 @@ def add_noise(image: Image, sigma: float, rng: np.random.Generator) -> np.ndarra
     """
     if not image.noisy or sigma == 0:
         return image.data
-    real = image.data + sigma * rng.standard_normal(image.data.shape, dtype=np.float32)
-    imaginary = sigma * rng.standard_normal(image.data.shape, dtype=np.float32)
-    magnitude = np.hypot(real, imaginary)
+    shape = image.data.shape
+    magnitude = rng.standard_normal(shape, dtype=np.float32)
+    magnitude *= sigma
+    magnitude += image.data
+    imaginary = rng.standard_normal(shape, dtype=np.float32)
+    imaginary *= sigma
+    np.hypot(magnitude, imaginary, out=magnitude)
     if sigma < 3 or magnitude.max() > np.iinfo(np.int16).max:
         return magnitude
     return np.rint(magnitude).astype(np.int16)
@@ -266,9 +270,9 @@ def _signal(
     values: Mapping[str, np.ndarray],
     *,
     b1: np.ndarray | None = None,
-    **options: int,
+    **options: Any,
 ) -> np.ndarray:
-    """What the model predicts for values (voxels,): float64 (measurements, voxels)."""
+    """Return what the model predicts for values (voxels,): float64 (measurements, voxels)."""
     model = get_model(name)(scheme, **options)
     inputs = None if b1 is None else {"b1": torch.from_numpy(b1)}
     params = {key: torch.from_numpy(value) for key, value in values.items()}
@@ -280,9 +284,9 @@ def _truth(
     scheme: DiffusionScheme | GradientEchoScheme,
     values: Mapping[str, np.ndarray],
     head: Head,
-    **options: int,
+    **options: Any,
 ) -> tuple[tuple[Parameter, np.ndarray], ...]:
-    """Maps of all parameters and derived quantities of the model."""
+    """Return maps of all parameters and derived quantities of the model."""
     model = get_model(name)(scheme, **options)
     params = {key: torch.from_numpy(value) for key, value in values.items()}
     known = {key: value.numpy() for key, value in (params | model.derive(params)).items()}
@@ -299,7 +303,7 @@ def _truth(
 
 
 def gradient_table(big_delta: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """b (volumes,) in s/mm^2 and gradient directions (volumes, 3) in scanner coordinates.
+    """Return b (volumes,) in s/mm^2 and gradient directions (volumes, 3) in scanner coordinates.
 
     A b=0 volume before every shell and after the last; every shell has its own rotation of the
     same arrangement.
@@ -315,7 +319,7 @@ def gradient_table(big_delta: float, seed: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def _fsl_frame(directions: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Directions (volumes, 3) in scanner coordinates as FSL's bvec (3, volumes).
+    """Return directions (volumes, 3) in scanner coordinates as FSL's bvec (3, volumes).
 
     That is along the voxel axes, the first reversed where the voxel axes are right-handed.
     """

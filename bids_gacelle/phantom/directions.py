@@ -34,7 +34,7 @@ _P2 = 1.5 * _COSINE**2 - 0.5
 
 @cache
 def spread_directions(n: int) -> np.ndarray:
-    """Evenly spread axes that are also a spherical design.
+    """Return evenly spread axes that are also a spherical design.
 
     Starts from a spiral over the hemisphere and moves the points until the means of all monomials
     of degree `STRENGTH` are those of the sphere, so that the plain mean over directions is the
@@ -76,7 +76,7 @@ def spread_directions(n: int) -> np.ndarray:
 
 
 def _monomial_mean(powers: np.ndarray) -> float:
-    """Mean of x^a y^b z^c over the unit sphere (Folland 2001, Am Math Mon 108:446)."""
+    """Return the mean of x^a y^b z^c over the unit sphere (Folland 2001, Am Math Mon 108:446)."""
     if np.any(powers % 2):
         return 0.0
     odd = np.maximum(powers - 1, 1)  # (-1)!! = 1!! = 1
@@ -84,7 +84,7 @@ def _monomial_mean(powers: np.ndarray) -> float:
 
 
 def directional_signal(s0: np.ndarray, s2: np.ndarray | None, cosine: np.ndarray) -> np.ndarray:
-    """Signal of one shell along every gradient, with the given rotational invariants.
+    """Return the signal of one shell along every gradient, with the given rotational invariants.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def directional_signal(s0: np.ndarray, s2: np.ndarray | None, cosine: np.ndarray
 
 
 def concentration(ratio: np.ndarray) -> np.ndarray:
-    """The k of exp(-k x^2) whose S_2 / S_0 is `ratio` (any shape), k from 0 to 60."""
+    """Return the k of exp(-k x^2) whose S_2 / S_0 is `ratio` (any shape), k from 0 to 60."""
     ratios, inverse = _inverse()
     if np.any((ratio < 0) | (ratio > ratios[-1])):
         raise ValueError(

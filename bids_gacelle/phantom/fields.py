@@ -8,7 +8,7 @@ import numpy as np
 
 
 def stream(seed: int, *labels: object) -> np.random.Generator:
-    """A generator that depends on the seed and on what it is for, and on nothing else.
+    """Return a generator that depends on the seed and on what it is for, and on nothing else.
 
     So one more contrast, subject or session leaves the numbers of the others as they were.
     """
@@ -19,7 +19,7 @@ def stream(seed: int, *labels: object) -> np.random.Generator:
 def smooth_field(
     points: np.ndarray, rng: np.random.Generator, wavelength: tuple[float, float] = (60.0, 160.0)
 ) -> np.ndarray:
-    """A low-frequency random field at `points`, of zero mean, unit variance and within +-2.
+    """Return a low-frequency random field: zero mean, about unit variance, within +-2.
 
     A sum of eight plane waves (random Fourier features), squeezed by tanh so that a parameter
     built on it has known bounds.

@@ -40,36 +40,44 @@ _SESSION_SHARE = 0.25  # of the smooth variation, in standard deviations
 
 @dataclass(frozen=True)
 class Tissue:
-    """Name, colour and mean parameters (in the order of `QUANTITIES`) of one label."""
+    """What a label is called, and the colour it is drawn in."""
 
     label: Label
     name: str
     abbreviation: str
     color: str
-    means: tuple[float, ...]
 
 
-# fmt: off
-TISSUES = tuple(Tissue(*row) for row in (
-    #                                                                 M0    T1    R2*   b0    fn    dn   de    tex   p2   fn    d
-    (Label.CSF, "Cerebrospinal fluid", "CSF", "#4682b4",             (1.00, 4.00, 2.5,  2.40, 0.00, 2.0, 2.90, 30.0, 0.1, 0.00, 2.90)),
-    (Label.CORTEX, "Cerebral cortex", "CTX", "#a0a0a0",              (0.82, 1.40, 18.0, 1.30, 0.38, 2.4, 0.95, 25.0, 0.2, 0.35, 1.80)),
-    (Label.WHITE_MATTER, "White matter", "WM", "#f5f5dc",            (0.70, 0.85, 21.0, 1.00, 0.58, 2.2, 0.80, 60.0, 0.6, 0.58, 1.90)),
-    (Label.CEREBELLUM, "Cerebellar cortex", "CBC", "#c08457",        (0.82, 1.35, 20.0, 1.25, 0.36, 2.3, 1.00, 20.0, 0.2, 0.33, 1.80)),
-    (Label.THALAMUS, "Thalamus", "THA", "#00760e",                   (0.77, 1.15, 26.0, 1.10, 0.46, 2.3, 0.85, 35.0, 0.4, 0.45, 1.85)),
-    (Label.CAUDATE, "Caudate nucleus", "CAU", "#7abadc",             (0.80, 1.22, 30.0, 1.15, 0.40, 2.3, 0.95, 30.0, 0.3, 0.38, 1.80)),
-    (Label.PUTAMEN, "Putamen", "PUT", "#ec0db0",                     (0.79, 1.18, 33.0, 1.05, 0.41, 2.3, 0.92, 30.0, 0.3, 0.40, 1.80)),
-    (Label.PALLIDUM, "Globus pallidus", "PAL", "#0d30ff",            (0.75, 1.05, 43.0, 0.70, 0.48, 2.3, 0.85, 40.0, 0.4, 0.47, 1.85)),
-    (Label.SCALP, "Scalp", "SCA", "#deb887",                         (0.60, 0.40, 25.0, 0.15, 0.10, 2.0, 0.80, 30.0, 0.0, 0.10, 1.00)),
-))
-# fmt: on
-"""The column `fn` of NEXI and of mcmicro is 0 in fluid: free diffusion."""
+TISSUES = (
+    Tissue(Label.CSF, "Cerebrospinal fluid", "CSF", "#4682b4"),
+    Tissue(Label.CORTEX, "Cerebral cortex", "CTX", "#a0a0a0"),
+    Tissue(Label.WHITE_MATTER, "White matter", "WM", "#f5f5dc"),
+    Tissue(Label.CEREBELLUM, "Cerebellar cortex", "CBC", "#c08457"),
+    Tissue(Label.THALAMUS, "Thalamus", "THA", "#00760e"),
+    Tissue(Label.CAUDATE, "Caudate nucleus", "CAU", "#7abadc"),
+    Tissue(Label.PUTAMEN, "Putamen", "PUT", "#ec0db0"),
+    Tissue(Label.PALLIDUM, "Globus pallidus", "PAL", "#0d30ff"),
+)
+"""The tissues of the brain."""
+
+MEANS = {
+    Label.CSF: (1.00, 4.00, 2.5, 2.40, 0.00, 2.0, 2.90, 30.0, 0.1, 0.00, 2.90),
+    Label.CORTEX: (0.82, 1.40, 18.0, 1.30, 0.38, 2.4, 0.95, 25.0, 0.2, 0.35, 1.80),
+    Label.WHITE_MATTER: (0.70, 0.85, 21.0, 1.00, 0.58, 2.2, 0.80, 60.0, 0.6, 0.58, 1.90),
+    Label.CEREBELLUM: (0.82, 1.35, 20.0, 1.25, 0.36, 2.3, 1.00, 20.0, 0.2, 0.33, 1.80),
+    Label.THALAMUS: (0.77, 1.15, 26.0, 1.10, 0.46, 2.3, 0.85, 35.0, 0.4, 0.45, 1.85),
+    Label.CAUDATE: (0.80, 1.22, 30.0, 1.15, 0.40, 2.3, 0.95, 30.0, 0.3, 0.38, 1.80),
+    Label.PUTAMEN: (0.79, 1.18, 33.0, 1.05, 0.41, 2.3, 0.92, 30.0, 0.3, 0.40, 1.80),
+    Label.PALLIDUM: (0.75, 1.05, 43.0, 0.70, 0.48, 2.3, 0.85, 40.0, 0.4, 0.47, 1.85),
+    Label.SCALP: (0.60, 0.40, 25.0, 0.15, 0.10, 2.0, 0.80, 30.0, 0.0, 0.10, 1.00),
+}
+"""Mean of every quantity, in the order of `QUANTITIES`. Fluid has no neurites and diffuses freely."""
 
 
 def parameter_map(
     quantity: str, anatomy: Anatomy, *, subject: int, session: int, seed: int
 ) -> np.ndarray:
-    """One parameter everywhere: its tissue mean times a smooth variation.
+    """Return one parameter everywhere: its tissue mean times a smooth variation.
 
     Tissue means differ a little between subjects; the smooth part is mostly the subject's own,
     the rest that of the session.
@@ -89,11 +97,12 @@ def parameter_map(
         float64 (x, y, z); 0 in bone and air.
     """
     column = list(QUANTITIES).index(quantity)
-    scatter = stream(seed, subject, quantity, "means").normal(0, _BETWEEN_SUBJECTS, len(TISSUES))
-    scatter[[tissue.label == Label.CSF for tissue in TISSUES]] = 0
+    rng = stream(seed, subject, quantity, "means")
+    scatter = np.clip(rng.normal(0, _BETWEEN_SUBJECTS, max(Label) + 1), -0.04, 0.04)
+    scatter[Label.CSF] = 0
     mean = np.zeros(max(Label) + 1)
-    for tissue, deviation in zip(TISSUES, scatter, strict=True):
-        mean[tissue.label] = tissue.means[column] * (1 + np.clip(deviation, -0.04, 0.04))
+    for label, means in MEANS.items():
+        mean[label] = means[column] * (1 + scatter[label])
     own = smooth_field(anatomy.mni, stream(seed, subject, quantity))
     today = smooth_field(anatomy.mni, stream(seed, subject, session, quantity))
     field = np.sqrt(1 - _SESSION_SHARE**2) * own + _SESSION_SHARE * today
@@ -103,7 +112,7 @@ def parameter_map(
 
 
 def transmit_field(anatomy: Anatomy, *, subject: int, session: int, seed: int) -> np.ndarray:
-    """B1+ relative to nominal: high in the middle of the head as at 3 T, within 0.75 to 1.25.
+    """Return B1+ relative to nominal: high in the middle of the head, within 0.75 to 1.25.
 
     Returns
     -------
@@ -116,7 +125,7 @@ def transmit_field(anatomy: Anatomy, *, subject: int, session: int, seed: int) -
 
 
 def fibre_direction(anatomy: Anatomy, *, subject: int, seed: int) -> np.ndarray:
-    """Main fibre direction: left-right at the midline, mostly up and forward to its sides.
+    """Return the main fibre direction: left-right at the midline, up and forward beside it.
 
     Returns
     -------

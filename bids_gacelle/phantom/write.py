@@ -18,7 +18,7 @@ from bids_gacelle.bids.output import write_image, write_json, write_text, write_
 from bids_gacelle.bids.series import Series
 from bids_gacelle.engine import get_model
 from bids_gacelle.errors import InputError
-from bids_gacelle.phantom.anatomy import Anatomy, Label, load_template, make_anatomy
+from bids_gacelle.phantom.anatomy import Anatomy, load_template, make_anatomy
 from bids_gacelle.phantom.contrasts import (
     CONTRASTS,
     DWI_MODELS,
@@ -45,7 +45,7 @@ class Place:
     session: str
 
     def path(self, datatype: str, entities: dict[str, str], suffix: str) -> Path:
-        """Path of a file, without extension."""
+        """Return the path of a file, without extension."""
         labels = {"sub": self.subject} | ({"ses": self.session} if self.session else {})
         folder = self.root.joinpath(*(f"{k}-{v}" for k, v in labels.items()), datatype)
         return folder / build_name(labels | entities, suffix, "")
@@ -58,7 +58,7 @@ def write_phantom(
     sessions: int = 1,
     snr: float = 50.0,
     contrasts: Sequence[str] = tuple(CONTRASTS),
-    resolution: float = 3.0,
+    resolution: float = 4.0,
     seed: int = 0,
     dwi_model: str = "nexi",
     overwrite: bool = False,
@@ -185,7 +185,7 @@ def _is_phantom(folder: Path) -> bool:
 
 
 def _write_root(out: Path, subjects: list[str], settings: dict[str, Any]) -> None:
-    """The files at the root of both datasets."""
+    """Write the files at the root of both datasets."""
     options = " ".join(f"--{name} {value}" for name, value in settings.items())
     maker = {"Name": NAME, "Version": __version__, "Description": options}
     about = {"BIDSVersion": BIDS_VERSION, "License": "CC0-1.0", "Authors": [NAME]}
@@ -209,7 +209,7 @@ def _write_root(out: Path, subjects: list[str], settings: dict[str, Any]) -> Non
 
 
 def _write_images(place: Place, contrast: Contrast, head: Head, snr: float) -> list[Path]:
-    """The raw images of one contrast with their noise."""
+    """Write the raw images of one contrast with their noise."""
     written = []
     for image in contrast.images:
         stem = place.path(image.datatype, dict(image.entities), image.suffix)
@@ -233,7 +233,7 @@ def _write_gradients(stem: Path, image: Image) -> None:
 
 
 def _write_truth(place: Place, contrast: Contrast, anatomy: Anatomy) -> list[Path]:
-    """The maps that a perfect fit of the contrast's own model would give, named as ours are."""
+    """Write the maps that a perfect fit of the contrast's own model would give."""
     model = get_model(contrast.model)
     series = Series(contrast.kind, place.subject, place.session, {}, ())
     written = []
@@ -261,7 +261,7 @@ def _write_truth(place: Place, contrast: Contrast, anatomy: Anatomy) -> list[Pat
 
 
 def _write_tissues(place: Place, anatomy: Anatomy, contrasts: list[Contrast]) -> list[Path]:
-    """The segmentation, and the brain mask beside the images of every datatype."""
+    """Write the segmentation, and the brain mask beside the images of every datatype."""
     stem = place.path("anat", {"desc": "tissues"}, "dseg")
     written = [stem.with_name(stem.name + ".nii.gz")]
     labels = np.where(anatomy.brain, anatomy.labels, 0)
@@ -274,7 +274,6 @@ def _write_tissues(place: Place, anatomy: Anatomy, contrasts: list[Contrast]) ->
     rows = [
         {"index": int(t.label), "name": t.name, "abbreviation": t.abbreviation, "color": t.color}
         for t in TISSUES
-        if t.label != Label.SCALP
     ]
     write_tsv(stem.with_name(stem.name + ".tsv"), rows, columns)
     for datatype in sorted({get_model(contrast.model).datatype for contrast in contrasts}):

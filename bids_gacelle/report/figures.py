@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
@@ -129,9 +131,23 @@ def mosaic(
     for panel in result.panels:
         _place(canvas, paint(panel.plane, panel.index), panel, density)
         _annotate(result, panel, view)
-    figure.figimage(canvas, 0, 0, origin="upper", zorder=-1)
+    figure.add_artist(_Raster(canvas))
     result.label(MARGIN, total - FOOT / 2 - 1, _convention(view, width))
     return result
+
+
+class _Raster(Artist):
+    """Pixels put on the figure as they are, below everything else (no resampling)."""
+
+    zorder = -1
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        super().__init__()
+        opaque = np.full((*pixels.shape[:2], 1), 255, np.uint8)
+        self._rows = np.concatenate([pixels, opaque], axis=-1)[::-1].copy()  # bottom row first
+
+    def draw(self, renderer: RendererBase) -> None:
+        renderer.draw_image(renderer.new_gc(), 0, 0, self._rows)
 
 
 def _place(canvas: np.ndarray, image: np.ndarray, panel: Panel, density: float) -> None:
@@ -388,7 +404,8 @@ def draw_histogram(
     axes = _plain_axes(figure, (52 / width, 38 / height, 1 - 66 / width, 1 - 76 / height))
     edges = np.linspace(*window, 81)
     axes.axvspan(*window, color="#eef3f7", lw=0, zorder=0)
-    axes.hist(values[(values >= window[0]) & (values <= window[1])], edges, color=BAR, zorder=2)
+    axes.stairs(np.histogram(values, edges)[0], edges, fill=True, color=BAR, lw=0, zorder=2)
+    axes.set_ylim(bottom=0)
     notes = []
     below, above = float(np.mean(values < window[0])), float(np.mean(values > window[1]))
     for share, start, word in ((below, low, "below"), (above, window[1], "above")):
@@ -399,7 +416,7 @@ def draw_histogram(
     axes.axvline(median, color=PLOT_INK, lw=1.2, zorder=3)
     for bound in bounds or ():
         if low <= bound <= high:
-            axes.axvline(bound, color="#e69f00", lw=1.6, ls=(0, (3, 2)), zorder=3)
+            axes.axvline(bound, color="#c2600a", lw=1.6, ls=(0, (3, 2)), zorder=3)
         elif np.isfinite(bound):
             notes.append(f"bound {text.number(bound)} outside the plot")
     q1, q3 = np.percentile(values, [25, 75])
@@ -456,7 +473,8 @@ def _finish_example(
     axes.margins(y=0.08)
     axes.set_ylabel(plot.get("y_label") or "signal", fontsize=10.5, color=PLOT_INK)
     if legend:
-        axes.legend(fontsize=9.5, frameon=False, labelcolor=PLOT_INK, handletextpad=0.3)
+        columns = 1 if len(axes.get_legend_handles_labels()[1]) < 6 else 2
+        axes.legend(fontsize=9.5, frameon=False, labelcolor=PLOT_INK, handletextpad=0.3, ncols=columns)
     top = 1.25 * float(np.nanmax(np.abs(residual), initial=0)) or 1.0
     residual_axes.set_ylim(-top, top)
     residual_axes.axhline(0, color=PLOT_FAINT, lw=0.8, zorder=1)

@@ -30,6 +30,8 @@ SIZE_LIMIT = 15_000_000
 
 _HALF = 604.0
 _THIRD = 400.0
+_HISTOGRAM = 180.0
+_NO_SD = {"missing": "No standard deviation was written for this quantity."}
 
 
 # What a template may ask of a manifest, and of a map in it, that leaves something out.
@@ -373,99 +375,144 @@ class _Builder:
 
     def parameter(self, item: dict[str, Any], mask: Volume, view: View, name: str) -> dict[str, Any]:
         """Map, standard deviation and their histograms for one parameter."""
-        symbol, label = str(item.get("name", "")), str(item.get("label") or item.get("name", ""))
-        cmixf, inside = str(item.get("unit", "")), mask.data > 0
+        symbol, cmixf = str(item.get("name", "")), str(item.get("unit", ""))
+        label, what = str(item.get("label") or symbol), f"{symbol} of {name}"
+        inside = mask.data > 0
         result: dict[str, Any] = {"name": symbol, "label": label, "unit": text.unit(cmixf), "item": _MAP | item}
-        what = f"{symbol} of {name}"
-        loaded = self.attempt(
-            f"map of {what}", lambda: self.load_like(item.get("file"), "map", mask).data
-        )
-        spread = (
-            self.attempt(f"SD of {what}", lambda: self.load_like(item["std"], "SD map", mask).data)
-            if item.get("std")
-            else {"missing": f"No standard deviation was written for {symbol}."}
-        )
-        result["map"] = result["histogram"] = loaded
-        result["sd"] = result["sd_histogram"] = spread
-        limit = np.inf
+
+        def load(kind: str, relative: str | None) -> dict[str, Any]:
+            return self.attempt(f"{kind} of {what}", lambda: self.load_like(relative, kind, mask).data)
+
+        loaded = load("map", item.get("file"))
+        spread = load("SD map", item["std"]) if item.get("std") else _NO_SD
+        result |= {"map": loaded, "histogram": loaded, "sd": spread, "sd_histogram": spread}
+        limit, height = np.inf, _HISTOGRAM
         if "value" in loaded:
-            values = loaded["value"]
-            window, fixed = _window(item, values[inside])
-            result["window"] = f"{text.number(window[0])} to {text.number(window[1])} {text.unit(cmixf)}".strip()
-            result["fixed"] = fixed
-            colours = str(item.get("colormap") or "viridis")
-            drawn = self.attempt(
-                f"map of {what}",
-                lambda: figures.map_figure(
-                    values, inside, view, window=window, colormap=colours, unit=text.unit(cmixf), width=figures.WIDTH, density=self.density
-                ),
-            )
-            limit = drawn["value"].scale if "value" in drawn else np.inf
-            alt = f"{label} ({symbol}) in axial, coronal and sagittal slices, window {result['window']}"
-            result["map"] = drawn if "missing" in drawn else self.picture(
-                f"map of {what}", lambda: figures.draw_map(drawn["value"], colours, alt)
-            )
-            bounds = item.get("bounds")
-            result["histogram"] = self.picture(
-                f"histogram of {what}",
-                lambda: figures.draw_histogram(
-                    values[inside], window, label=text.with_unit(symbol, cmixf), width=_HALF, density=self.density,
-                    alt=f"Histogram of {label} within the mask", bounds=tuple(bounds) if bounds else None,
-                ),
-            )
+            limit = self._map(result, loaded["value"], inside, view, what)
         if "value" in spread:
-            result |= self._spread(spread["value"], inside, view, symbol, cmixf, what, limit)
+            some = spread["value"][inside]
+            window = (0.0, figures.nice_limit(some[np.isfinite(some)]))
+            result["sd"] = self._scalar(
+                f"SD of {what}", spread["value"], inside, view, window, cmixf, limit=limit
+            )
+            if "value" in result["sd"]:  # the two histograms beside it end where it ends
+                height = max(height, result["sd"]["value"]["height"] / 2)
+            result["sd_histogram"] = self._histogram(
+                f"SD of {what}", some, window, text.with_unit(f"SD of {symbol}", cmixf), height
+            )
+        if "value" in loaded:
+            result["histogram"] = self._histogram(
+                what, loaded["value"][inside], result["window"], text.with_unit(symbol, cmixf), height, item.get("bounds")
+            )
         return result
 
-    def _spread(
-        self, values: np.ndarray, inside: np.ndarray, view: View, symbol: str, cmixf: str, what: str, limit: float
-    ) -> dict[str, Any]:
-        some = values[inside]
-        window = (0.0, figures.nice_limit(some[np.isfinite(some)]))
-        return {
-            "sd": self._scalar(f"SD of {what}", values, inside, view.fewer(3), window, cmixf, _HALF, limit),
-            "sd_histogram": self.picture(
-                f"SD histogram of {what}",
-                lambda: figures.draw_histogram(
-                    some, window, label=text.with_unit(f"SD of {symbol}", cmixf), width=_HALF,
-                    density=self.density, alt=f"Histogram of the standard deviation of {what}",
-                ),
+    def _map(self, result: dict[str, Any], values: np.ndarray, inside: np.ndarray, view: View, what: str) -> float:
+        """Add the map and its window to ``result``; return the scale it is drawn at."""
+        item, readable = result["item"], result["unit"]
+        window, fixed = _window(item, values[inside])
+        shown = f"{text.number(window[0])} to {text.number(window[1])} {readable}".strip()
+        colours = str(item.get("colormap") or "viridis")
+        result |= {"window": window, "fixed": fixed, "window_text": shown}
+        drawn = self.attempt(
+            f"map of {what}",
+            lambda: figures.map_figure(
+                values,
+                inside,
+                view,
+                window=window,
+                colormap=colours,
+                unit=readable,
+                width=figures.WIDTH,
+                density=self.density,
             ),
-        }
+        )
+        result["map"] = drawn
+        if "missing" in drawn:
+            return float("inf")
+        alt = f"{result['label']} ({what}) in axial, coronal and sagittal slices, window {shown}"
+        result["map"] = self.picture(
+            f"map of {what}", lambda: figures.draw_map(drawn["value"], colours, alt)
+        )
+        return float(drawn["value"].scale)
+
+    def _histogram(
+        self,
+        what: str,
+        values: np.ndarray,
+        window: tuple[float, float],
+        label: str,
+        height: float,
+        bounds: list[float] | None = None,
+    ) -> dict[str, Any]:
+        return self.picture(
+            f"histogram of {what}",
+            lambda: figures.draw_histogram(
+                values,
+                window,
+                label=label,
+                width=_HALF,
+                height=height,
+                density=self.density,
+                alt=f"Histogram of {what} within the mask",
+                bounds=(bounds[0], bounds[1]) if bounds else None,
+            ),
+        )
 
     def _scalar(
-        self, what: str, values: np.ndarray, inside: np.ndarray, view: View, window: tuple[float, float], cmixf: str, width: float, limit: float = np.inf, side: float = figures.SIDE
+        self,
+        what: str,
+        values: np.ndarray,
+        inside: np.ndarray,
+        view: View,
+        window: tuple[float, float],
+        cmixf: str,
+        *,
+        limit: float = np.inf,
+        side: float = figures.SIDE,
     ) -> dict[str, Any]:
+        """A map of a spread or an error, at half the width of the page."""
+
         def draw() -> Drawing:
             drawn = figures.map_figure(
-                values, inside, view, window=window, colormap="magma", unit=text.unit(cmixf), width=width, density=self.density, side=side, limit=limit
+                values,
+                inside,
+                view.fewer(3),
+                window=window,
+                colormap="magma",
+                unit=text.unit(cmixf),
+                width=_HALF,
+                density=self.density,
+                side=side,
+                limit=limit,
             )
-            return figures.draw_map(drawn, "magma", f"{what} in slices, window {window[0]:g} to {window[1]:g} {text.unit(cmixf)}")
+            shown = f"{text.number(window[0])} to {text.number(window[1])} {text.unit(cmixf)}"
+            return figures.draw_map(drawn, "magma", f"{what} in slices, window {shown}".strip())
 
         return self.picture(what, draw)
 
     def quality(self, manifest: dict[str, Any], mask: Volume, view: View, name: str) -> dict[str, Any]:
         """NRMSE map with histogram, and the flag map."""
         inside = mask.data > 0
-        error = self.attempt(f"NRMSE of {name}", lambda: self.load_like(manifest.get("nrmse"), "NRMSE map", mask).data)
+        what = f"NRMSE of {name}"
+        error = self.attempt(what, lambda: self.load_like(manifest.get("nrmse"), "NRMSE map", mask).data)
         result: dict[str, Any] = {"nrmse": error, "nrmse_histogram": error}
         if "value" in error:
-            values = error["value"]
-            some = values[inside]
+            some = error["value"][inside]
             window = (0.0, figures.nice_limit(some[np.isfinite(some)]))
-            result["nrmse"] = self._scalar(f"NRMSE of {name}", values, inside, view.fewer(3), window, "1", _HALF, side=figures.QUALITY_SIDE)
-            result["nrmse_histogram"] = self.picture(
-                f"NRMSE histogram of {name}",
-                lambda: figures.draw_histogram(
-                    some, window, label="NRMSE", width=_HALF, density=self.density, alt=f"Histogram of the NRMSE of {name}"
-                ),
+            result["nrmse"] = self._scalar(
+                what, error["value"], inside, view, window, "1", side=figures.QUALITY_SIDE
             )
+            result["nrmse_histogram"] = self._histogram(what, some, window, "NRMSE", 1.4 * _HISTOGRAM)
 
         def flags() -> Drawing:
             volume = self.load_like(manifest.get("flags"), "flag map", mask)
-            alt = f"Flags of {name} in slices; the counts are in the table"
             return figures.draw_flags(
-                np.nan_to_num(volume.data), inside, view.fewer(3), width=_HALF, density=self.density, alt=alt
+                np.nan_to_num(volume.data),
+                inside,
+                view.fewer(3),
+                width=_HALF,
+                density=self.density,
+                alt=f"Flags of {name} in slices; the counts are in the table",
             )
 
         result["flags"] = self.picture(f"flag map of {name}", flags)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bids_gacelle.bids.discovery import Options, discover
+from bids_gacelle.bids.discovery import ModelNeeds, Options, discover
 from bids_gacelle.bids.queries import load_filter_file
 from bids_gacelle.bids.series import series_from_json, to_json
 from bids_gacelle.errors import InputError
@@ -128,7 +128,9 @@ def test_echoes_are_sorted_by_echo_time(tree, pick) -> None:
 def test_phase_is_not_used(tree, pick, messages) -> None:
     for echo in (1, 2):
         for part in ("mag", "phase"):
-            tree.image(f"sub-01/anat/sub-01_echo-{echo}_part-{part}_MEGRE.nii", EchoTime=echo / 100)
+            tree.image(
+                f"sub-01/anat/sub-01_echo-{echo}_part-{part}_MEGRE.nii", EchoTime=echo / 100
+            )
     plan = tree.discover()
     assert [Path(p).name for p in pick(plan, "r2star").series.images] == [
         "sub-01_echo-1_part-mag_MEGRE.nii",
@@ -232,7 +234,9 @@ def test_vfa_with_several_echoes_is_explained(tree, pick) -> None:
 
 def test_repetition_time_is_not_guessed(tree, pick) -> None:
     for flip in (1, 2):
-        tree.image(f"sub-01/anat/sub-01_flip-{flip}_VFA.nii", FlipAngle=9 * flip, RepetitionTime=0.02)
+        tree.image(
+            f"sub-01/anat/sub-01_flip-{flip}_VFA.nii", FlipAngle=9 * flip, RepetitionTime=0.02
+        )
     reason = pick(tree.discover(), "despot1").reason
     assert "`RepetitionTimeExcitation` missing" in reason
     assert '"RepetitionTime": 0.02' in reason
@@ -283,7 +287,7 @@ def test_only_asked_participants_are_indexed(tree) -> None:
 @pytest.mark.parametrize("label", ["sub-04", "04"])
 def test_unknown_participant(tree, label: str) -> None:
     tree.megre()
-    with pytest.raises(InputError, match=r"No participant '04' in .*; it has 1: 01\. Did you"):
+    with pytest.raises(InputError, match=r"No participant '04' in .*; it has 1: 01\.$"):
         tree.discover(participant_labels=(label,))
 
 
@@ -312,6 +316,39 @@ def test_database_serves_other_participants_later(tree, tmp_path: Path) -> None:
     second = tree.discover(database_dir=database, participant_labels=("02",))
     for plan, subject in ((first, "01"), (second, "02")):
         assert [j.series.subject for j in plan.jobs if j.eligible] == [subject]
+
+
+def test_database_is_renewed_when_it_is_too_old_or_of_another_dataset(
+    tree, other_tree, tmp_path: Path
+) -> None:
+    options = {"database_dir": tmp_path / "db"}
+    tree.megre()
+    tree.discover(**options)
+    tree.vfa("sub-02/anat/sub-02")
+    assert [j.model for j in tree.discover(**options).jobs if j.eligible] == ["r2star", "despot1"]
+    other_tree.vfa()
+    assert [j.model for j in other_tree.discover(**options).jobs if j.eligible] == ["despot1"]
+
+
+def test_relative_paths(tree, other_tree, pick, monkeypatch) -> None:
+    tree.megre()
+    other_tree.image("sub-01/anat/sub-01_desc-brain_mask.nii.gz")
+    monkeypatch.chdir(tree.root.parent)
+    given = Options(derivatives={"x": Path(other_tree.root.name)})
+    series = pick(
+        discover(Path(tree.root.name), (ModelNeeds("r2star", "megre"),), given), "r2star"
+    ).series
+    assert Path(series.images[0]).is_absolute()
+    assert series.mask.images == (
+        str(other_tree.root / "sub-01/anat/sub-01_desc-brain_mask.nii.gz"),
+    )
+
+
+def test_derivatives_without_the_participants(tree, other_tree, messages) -> None:
+    tree.megre()
+    other_tree.image("qsiprep/sub-01/dwi/sub-01_space-ACPC_desc-preproc_dwi.nii.gz")
+    plan = tree.discover(derivatives={"x": other_tree.root})
+    assert f"-d x={other_tree.root} has no image of the participants" in messages(plan, "warning")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 
 from bids_gacelle.engine.models.base import Parameter, Reference, SignalModel
 
@@ -15,9 +16,18 @@ MODELS: dict[str, str] = {
 }
 
 
+ENTRY_POINTS = "bids_gacelle.models"
+
+
+def _registered() -> dict[str, str]:
+    """Return our models and those other packages announce; our names cannot be taken over."""
+    found = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return MODELS | {e.name: e.value for e in found if e.name not in MODELS}
+
+
 def list_models() -> tuple[str, ...]:
-    """Return the names of all models."""
-    return tuple(MODELS)
+    """Return the names of all models, those of installed entry points included."""
+    return tuple(_registered())
 
 
 def get_model(model: str | type[SignalModel]) -> type[SignalModel]:
@@ -30,11 +40,12 @@ def get_model(model: str | type[SignalModel]) -> type[SignalModel]:
     """
     if isinstance(model, type) and issubclass(model, SignalModel):
         return model
-    if model not in MODELS:
-        close = difflib.get_close_matches(str(model).lower(), MODELS, n=1, cutoff=0.5)
+    known = _registered()
+    if model not in known:
+        close = difflib.get_close_matches(str(model).lower(), known, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"There is no model {model!r}; known are {', '.join(MODELS)}.{hint}")
-    module, _, name = MODELS[str(model)].partition(":")
+        raise ValueError(f"There is no model {model!r}; known are {', '.join(known)}.{hint}")
+    module, _, name = known[str(model)].partition(":")
     found: type[SignalModel] = getattr(importlib.import_module(module), name)
     return found
 

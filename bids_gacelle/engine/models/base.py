@@ -1,4 +1,4 @@
-"""What a signal model is: declared parameters, a signal, and optionally more that is closed form."""
+"""What a signal model is: declared parameters, a signal, and optionally closed forms."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bids_gacelle.engine.derivatives import directional
 from bids_gacelle.engine.scheme import DiffusionScheme, GradientEchoScheme, Scheme
 
 Inputs = dict[str, Tensor]
@@ -130,7 +131,8 @@ class SignalModel(ABC):
         unknown = sorted(set(options) - set(self.options))
         if unknown:
             raise ValueError(
-                f"{self.name} has no option {unknown[0]!r}; it has {sorted(self.options) or 'none'}."
+                f"{self.name} has no option {unknown[0]!r}; "
+                f"it has {', '.join(self.options) or 'none'}."
             )
         missing = [column for column in self.required if getattr(scheme, column) is None]
         if missing:
@@ -177,7 +179,7 @@ class SignalModel(ABC):
     def jacobian(
         self, params: dict[str, Tensor], inputs: Inputs | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the signal (measurements, ...) and its derivatives (parameters, measurements, ...).
+        """Return the signal (measurements, ...) and derivatives (parameters, measurements, ...).
 
         This default uses forward-mode differentiation, one pass per parameter.
         """
@@ -190,7 +192,7 @@ class SignalModel(ABC):
         columns = []
         for i, value in enumerate(values):
             tangents = (*zeros[:i], torch.ones_like(value), *zeros[i + 1 :])
-            signal, column = torch.func.jvp(of_values, values, tangents)
+            signal, column = directional(of_values, values, tangents)
             columns.append(column)
         return signal, torch.stack(columns)
 

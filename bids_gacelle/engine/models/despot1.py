@@ -24,8 +24,8 @@ class Despot1(SignalModel):
     references = (
         Reference(
             "deoni2003",
-            "Deoni SCL, Rutt BK, Peters TM. Rapid combined T1 and T2 mapping using gradient recalled "
-            "acquisition in the steady state. Magn Reson Med 2003;49:515-526.",
+            "Deoni SCL, Rutt BK, Peters TM. Rapid combined T1 and T2 mapping using gradient "
+            "recalled acquisition in the steady state. Magn Reson Med 2003;49:515-526.",
             "10.1002/mrm.10407",
         ),
         Reference(
@@ -64,9 +64,7 @@ class Despot1(SignalModel):
         ),
     )
     derived = (
-        Parameter(
-            "T1", "s", "Longitudinal relaxation time", window=(0.0, 4.0), suffix="T1map"
-        ),
+        Parameter("T1", "s", "Longitudinal relaxation time", window=(0.0, 4.0), suffix="T1map"),
     )
 
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:

@@ -78,9 +78,9 @@ class Nexi(SignalModel):
     references = (
         Reference(
             "jelescu2022",
-            "Jelescu IO, de Skowronski A, Geffroy F, Palombo M, Novikov DS. Neurite Exchange Imaging "
-            "(NEXI): a minimal model of diffusion in gray matter with inter-compartment water "
-            "exchange. NeuroImage 2022;256:119277.",
+            "Jelescu IO, de Skowronski A, Geffroy F, Palombo M, Novikov DS. Neurite Exchange "
+            "Imaging (NEXI): a minimal model of diffusion in gray matter with inter-compartment "
+            "water exchange. NeuroImage 2022;256:119277.",
             "10.1016/j.neuroimage.2022.119277",
         ),
     )
@@ -92,7 +92,7 @@ class Nexi(SignalModel):
     options = {"l_max": 0}  # noqa: RUF012
     starts = 4
     scheme: DiffusionScheme
-    parameters = _FITTED
+    parameters: tuple[Parameter, ...] = _FITTED
     derived = (
         Parameter(
             "rn", "1/ms", "Exchange rate from neurites to extra-neurite space", window=(0.0, 0.2)
@@ -146,7 +146,7 @@ class Nexi(SignalModel):
         return {"rn": (1 - params["fn"]) / params["tex"]}
 
     def _exponents(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return b dn x^2, b de, Delta / tex and the weights; broadcast to (shells, nodes, ...)."""
+        """Return b dn x^2, b de, Delta / tex, weights; broadcast to (shells, nodes, ...)."""
         like = params["fn"]
         nodes, weights = self._rule(like)
         assert self.scheme.big_delta is not None

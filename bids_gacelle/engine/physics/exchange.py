@@ -52,9 +52,7 @@ def _roots(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor, scale: Tensor | floa
     )
 
 
-def karger(
-    f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor, scale: Tensor | float = 1.0
-) -> Tensor:
+def karger(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """Signal of two exchanging compartments, (1, 1) exp(-[D + R]) (f, 1 - f)^T.
 
     Parameters

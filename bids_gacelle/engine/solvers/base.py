@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -96,6 +96,13 @@ class Solution:
     ends: Tensor
     end_costs: Tensor
     covariance: Tensor | None = None
+
+    def take(self, index: slice) -> Solution:
+        """Return the solution of some voxels."""
+        covariance = None if self.covariance is None else self.covariance[..., index]
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "covariance"}
+        taken = {name: tensor[..., index] for name, tensor in rest.items()}
+        return Solution(**taken, covariance=covariance)
 
 
 Solver = Callable[[Problem], Solution]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bids_gacelle.engine.derivatives import voxelwise_gradients
 from bids_gacelle.engine.solvers.base import Problem, Solution
 
 
@@ -23,21 +24,19 @@ def solve(problem: Problem) -> Solution:
     if kernel.objective.prior is not None:
         raise ValueError("The linear solver takes no prior: use solver 'lm'.")
 
-    def estimate(data: Tensor) -> Tensor:
-        return kernel.coordinates(kernel.model.closed_form(data, voxels.inputs))
+    names = kernel.model.parameter_names
 
-    data = voxels.data
-    position = estimate(data)
-    n, n_voxels = position.shape
-    covariance = torch.zeros(n, n, n_voxels, dtype=data.dtype, device=data.device)
-    for m in range(len(data)):
-        unit = torch.zeros_like(data)
-        unit[m] = 1
-        _, slope = torch.func.jvp(estimate, (data,), (unit,))
-        variance = 1 if voxels.weight is None else 1 / voxels.weight[m]
-        covariance += slope[:, None] * slope * variance
+    def estimate(data: Tensor) -> dict[str, Tensor]:
+        position = kernel.coordinates(kernel.model.closed_form(data, voxels.inputs))
+        return dict(zip(names, position, strict=True))
+
+    position = torch.stack(list(estimate(voxels.data).values()))
+    slopes = torch.stack(list(voxelwise_gradients(estimate, voxels.data).values()))
+    scaled = slopes if voxels.weight is None else slopes / voxels.weight.sqrt()
+    covariance = (scaled[:, None] * scaled).sum(2)
+    n_voxels = position.shape[1]
     valid = position.isfinite().all(0)
-    count = torch.ones(n_voxels, dtype=torch.int32, device=data.device)
+    count = torch.ones(n_voxels, dtype=torch.int32, device=kernel.device)
     problem.report(1.0)
     return Solution(
         position=torch.where(valid, position, torch.nan),
@@ -45,6 +44,6 @@ def solve(problem: Problem) -> Solution:
         evaluations=count,
         winner=torch.zeros_like(count),
         ends=position[None],
-        end_costs=torch.zeros(1, n_voxels, dtype=data.dtype, device=data.device),
+        end_costs=torch.zeros(1, n_voxels, dtype=position.dtype, device=kernel.device),
         covariance=covariance,
     )

@@ -1,0 +1,51 @@
+"""Derivatives by automatic differentiation, for what has no analytic ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def directional(
+    function: Callable[..., Tensor], values: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return a function's value and its derivative along `tangents` (forward mode)."""
+    with warnings.catch_warnings():
+        # torch loads its own forward rules through an interface that it deprecates itself.
+        warnings.filterwarnings(
+            "ignore", message=".*torch.jit.script", category=DeprecationWarning
+        )
+        result: tuple[Any, ...] = torch.func.jvp(function, values, tangents)
+    return result[0], result[1]
+
+
+def voxelwise_gradients(
+    function: Callable[[Tensor], dict[str, Tensor]], point: Tensor
+) -> dict[str, Tensor]:
+    """Return the gradient of each output of a function that treats voxels independently.
+
+    One reverse pass per output; voxels do not mix, so the gradient of the sum over voxels holds
+    the gradient of each.
+
+    Parameters
+    ----------
+    function
+        From (n, voxels) to named outputs of shape (voxels,).
+    point
+        Where to differentiate, (n, voxels).
+
+    Returns
+    -------
+    {name: (n, voxels)}
+    """
+    with torch.enable_grad():
+        variable = point.detach().requires_grad_()
+        outputs = function(variable)
+        return {
+            name: torch.autograd.grad(output.sum(), variable, retain_graph=True)[0]
+            for name, output in outputs.items()
+        }

@@ -1,0 +1,75 @@
+"""Tiny BIDS datasets with known truth, written in milliseconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+SHAPE = (7, 6, 5)
+AFFINE = np.diag([2.0, 2.0, 2.5, 1.0])
+R2STAR = 25.0
+ECHO_TIMES = (0.003, 0.008, 0.015, 0.024)
+
+
+def write_image(path: Path, data: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.asarray(data, dtype=np.float32), affine), path)
+    return path
+
+
+def write_json(path: Path, data: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+def new_dataset(root: Path) -> Path:
+    write_json(root / "dataset_description.json", {"Name": "Tiny", "BIDSVersion": "1.11.1"})
+    return root
+
+
+def add_megre(root: Path, subject: str = "01", session: str = "", seed: int = 0) -> list[Path]:
+    """Four echoes of a block with R2* 25 1/s (varied by 20 %) and SNR 100; air around it."""
+    random = np.random.default_rng(seed)
+    rate = R2STAR * (1 + 0.2 * np.linspace(-1, 1, SHAPE[0]))[:, None, None] * np.ones(SHAPE)
+    inside = np.zeros(SHAPE, bool)
+    inside[1:-1, 1:-1, :] = True
+    prefix = f"sub-{subject}" + (f"_ses-{session}" if session else "")
+    folder = root / f"sub-{subject}" / (f"ses-{session}" if session else "") / "anat"
+    paths = []
+    for i, te in enumerate(ECHO_TIMES, 1):
+        signal = 1000 * np.exp(-te * rate) * inside + random.normal(0, 10, SHAPE)
+        paths.append(write_image(folder / f"{prefix}_echo-{i}_MEGRE.nii.gz", abs(signal)))
+        sidecar = {"EchoTime": te, "MagneticFieldStrength": 3}
+        write_json(folder / f"{prefix}_echo-{i}_MEGRE.json", sidecar)
+    return paths
+
+
+def add_dwi(root: Path, subject: str = "01", timing: bool = True) -> Path:
+    """Two b=0 volumes and three shells of 20 directions; isotropic decay."""
+    random = np.random.default_rng(3)
+    bval = np.r_[0, 0, np.repeat([1000, 2000, 3000], 20)]
+    vectors = random.normal(size=(len(bval), 3))
+    vectors /= np.linalg.norm(vectors, axis=1)[:, None]
+    vectors[:2] = 0
+    signal = np.exp(-bval * 0.7e-3) * np.ones((*SHAPE, len(bval))) * 500
+    signal += random.normal(0, 5, signal.shape)
+    folder = root / f"sub-{subject}/dwi"
+    path = write_image(folder / f"sub-{subject}_dwi.nii.gz", abs(signal))
+    np.savetxt(folder / f"sub-{subject}_dwi.bval", bval[None], fmt="%d")
+    np.savetxt(folder / f"sub-{subject}_dwi.bvec", vectors.T, fmt="%.6f")
+    times = {"SmallDelta": 0.010, "BigDelta": 0.030} if timing else {}
+    write_json(folder / f"sub-{subject}_dwi.json", {"EchoTime": 0.07, **times})
+    return path
+
+
+def add_segmentation(root: Path, subject: str = "01", name: str = "tiny") -> tuple[Path, Path]:
+    """Three labels, of which the third lies outside the image block; and their table."""
+    labels = np.zeros(SHAPE)
+    labels[1:3, 1:-1], labels[3:-1, 1:-1] = 1, 2
+    image = write_image(root / f"sub-{subject}_desc-{name}_dseg.nii.gz", labels)
+    table = root / f"sub-{subject}_desc-{name}_dseg.tsv"
+    table.write_text("index\tname\n1\tLeft-Front\n2\tRight-Back\n9\tNowhere\n")
+    return image, table

@@ -1,0 +1,156 @@
+"""The real scans beside the checkout, from the command line to maps, tables and report."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy.optimize import least_squares
+
+from bids_gacelle.cli.main import main
+
+pytestmark = pytest.mark.slow
+
+
+def run(dataset, out, *words):
+    code = main([str(dataset), str(out), "participant", "--nprocs", "1", *map(str, words)])
+    assert code == 0
+    return out
+
+
+def values(path):
+    return np.asarray(nib.load(path).dataobj, dtype=np.float64)
+
+
+def summary_of(out):
+    [path] = out.glob("logs/*/summary.json")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def megre(shared, tmp_path_factory):
+    out = tmp_path_factory.mktemp("megre")
+    return run(shared / "data/megre_brain_romeo", out, "--models", "r2star")
+
+
+def test_r2star_agrees_with_scipy(megre, shared):
+    source = shared / "data/megre_brain_romeo/sub-01/anat"
+    data = np.stack([values(source / f"sub-01_echo-{i}_part-mag_MEGRE.nii.gz") for i in (1, 2, 3)])
+    ours = values(megre / "sub-01/anat/sub-01_R2starmap.nii.gz")
+    flags = values(megre / "sub-01/anat/sub-01_desc-r2starfitflag_dseg.nii.gz")
+    te = np.array([0.004, 0.008, 0.012])
+    voxels = np.argwhere(flags == 0)
+    voxels = voxels[np.random.default_rng(1).choice(len(voxels), 300, replace=False)]
+    apart = []
+    for voxel in map(tuple, voxels):
+        y = data[(slice(None), *voxel)]
+        scale = y.max()
+        fit = least_squares(
+            lambda p, y=y / scale: p[0] * np.exp(-te * p[1]) - y,
+            [1.0, 30.0],
+            bounds=([0, 0], [np.inf, 1000]),
+            x_scale=[1, 30],
+            xtol=1e-12,
+            ftol=1e-12,
+            gtol=1e-12,
+        )
+        apart.append(abs(ours[voxel] - fit.x[1]) / fit.x[1])
+    assert np.median(apart) < 1e-3
+    assert np.quantile(apart, 0.95) < 1e-2
+
+
+def test_megre_report_and_record(megre):
+    page = (megre / "sub-01.html").read_text()
+    assert "R2star" in page
+    [job] = [j for j in summary_of(megre)["jobs"] if j["model"] == "r2star"]
+    assert job["status"] == "ok"
+    assert job["n_voxels"] > 100_000
+
+
+def vfa(shared, out, *words):
+    data = shared / "data/vfa_phantom_sepal"
+    mask = data / "derivatives/masks/sub-phantom/anat/sub-phantom_desc-slab_mask.nii.gz"
+    return run(data, out, "--models", "despot1", "--mask", mask, *words)
+
+
+def closed_form_t1(shared):
+    """Linear DESPOT1 in float64: S/sin(a) against S/tan(a) has the slope exp(-TR/T1)."""
+    anat = shared / "data/vfa_phantom_sepal/sub-phantom/anat"
+    data = np.stack([values(anat / f"sub-phantom_flip-{i}_VFA.nii.gz") for i in (1, 2, 3)])
+    angle = np.deg2rad([2.0, 5.0, 12.0])[:, None, None, None]
+    y, x = data / np.sin(angle), data / np.tan(angle)
+    dx, dy = x - x.mean(0), y - y.mean(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        slope = (dx * dy).sum(0) / (dx * dx).sum(0)
+        return data, -0.0054 / np.log(slope)
+
+
+def test_linear_despot1_is_the_closed_form(shared, tmp_path):
+    out = vfa(shared, tmp_path, "--solver", "linear")
+    ours = values(out / "sub-phantom/anat/sub-phantom_T1map.nii.gz")
+    flags = values(out / "sub-phantom/anat/sub-phantom_desc-despot1fitflag_dseg.nii.gz")
+    _, exact = closed_form_t1(shared)
+    usable = flags == 0
+    assert usable.sum() > 20_000
+    np.testing.assert_allclose(ours[usable], exact[usable], rtol=1e-6)
+
+
+def test_nonlinear_despot1_is_close_to_it(shared, tmp_path):
+    out = vfa(shared, tmp_path)
+    ours = values(out / "sub-phantom/anat/sub-phantom_T1map.nii.gz")
+    flags = values(out / "sub-phantom/anat/sub-phantom_desc-despot1fitflag_dseg.nii.gz")
+    data, exact = closed_form_t1(shared)
+    vials = (flags == 0) & (data[1] > 50)
+    assert abs(np.median(ours[vials]) / np.median(exact[vials]) - 1) < 0.015
+    assert np.median(np.abs(ours[vials] / exact[vials] - 1)) < 0.015
+
+
+def dwi(shared, out, *words):
+    data = shared / "data/dwi_brain_mdt"
+    return run(data, out, "-d", f"masks={data / 'derivatives/masks'}", *words)
+
+
+def test_mcmicro_on_one_run(shared, tmp_path):
+    filters = tmp_path / "filters.json"
+    filters.write_text(json.dumps({"dwi": {"acquisition": "b2k"}}))
+    out = dwi(
+        shared, tmp_path / "out", "--models", "mcmicro", "--bids-filter-file", filters
+    )
+    fn = values(out / "sub-01/dwi/sub-01_acq-b2k_model-mcmicro_param-fn_dwimap.nii.gz")
+    mask = values(out / "sub-01/dwi/sub-01_acq-b2k_desc-mcmicro_mask.nii.gz") > 0
+    assert mask.sum() > 8000
+    assert 0.2 < np.median(fn[mask]) < 0.8
+    assert "acq-b6k" not in (out / "sub-01.html").read_text()
+    sidecar = out / "sub-01/dwi/sub-01_acq-b2k_model-mcmicro_param-fn_dwimap.json"
+    assert json.loads(sidecar.read_text())["Preprocessed"] is False
+
+
+def test_nexi_with_both_runs(shared, tmp_path):
+    out = dwi(shared, tmp_path, "--models", "nexi", "--combine-dwi")
+    dwi_dir = out / "sub-01/dwi"
+    sidecar = json.loads((dwi_dir / "sub-01_model-nexi_param-tex_dwimap.json").read_text())
+    assert sorted(set(sidecar["BigDelta"])) == [0.0265, 0.042]
+    assert sorted(set(sidecar["SmallDelta"])) == [0.0162, 0.0317]
+    assert len(sidecar["BValues"]) == 10
+    manifest = json.loads(
+        (out / "sub-01/figures/sub-01_desc-nexi_manifest.json").read_text()
+    )
+    sources = {a["name"]: " ".join(a["sources"]) for a in manifest["acquisition"]}
+    assert "LargeDelta" in sources["Delta"]
+    flags = values(dwi_dir / "sub-01_desc-nexifitflag_dseg.nii.gz").astype(int)
+    mask = values(dwi_dir / "sub-01_desc-nexi_mask.nii.gz") > 0
+    unusable = ((flags & 4) > 0) & mask
+    assert unusable.sum() <= 0.01 * mask.sum()
+
+
+def test_every_output_is_valid_bids(megre, shared, tmp_path, bids_errors):
+    outputs = [
+        megre,
+        vfa(shared, tmp_path / "vfa"),
+        dwi(shared, tmp_path / "dwi", "--models", "mcmicro"),
+        dwi(shared, tmp_path / "dwi2", "--models", "nexi", "--combine-dwi"),
+    ]
+    for out in outputs:
+        assert bids_errors(out) == []
