@@ -7,13 +7,13 @@
 #   make clean    remove what the targets above made
 #
 # Variables: TORCH=cpu|cuda         build of torch (default cpu)
-#            TORCH_INDEX=URL        where CPU builds of torch come from
+#            TORCH_INDEX=URL        where CPU builds of torch come from (see scripts/install_torch.sh)
 #            PYTHON=/path/python3   interpreter of the environment (default: the first one new enough)
 #            VENV=DIR  DEMO=DIR     where the environment and the demo go
 #            PYTEST_ARGS="..."      e.g. PYTEST_ARGS="tests/engine -k nexi"
 
 TORCH ?= cpu
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+export TORCH TORCH_INDEX
 VENV ?= .venv
 DEMO ?= demo
 CONTAINER ?= $(shell command -v docker || command -v podman)
@@ -24,9 +24,9 @@ PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
-TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILD_ARGS := $(foreach name,TORCH TORCH_INDEX,$(if $($(name)),--build-arg $(name)=$($(name))))
 INSTALLED := $(VENV)/installed-$(TORCH)
 MODELS := r2star,despot1,mcmicro,nexi
 
@@ -35,22 +35,13 @@ MODELS := r2star,despot1,mcmicro,nexi
 
 install: $(INSTALLED)
 
-# torch comes first and alone, because an unpinned torch is gigabytes of CUDA libraries. The CPU build
-# is looked for among the local wheels that pip knows of (PIP_FIND_LINKS), then at TORCH_INDEX.
-$(VENV)/torch-$(TORCH): constraints.txt
-	@test -n "$(PYTHON)" || { echo "bids_gacelle needs Python 3.11 or newer, and found only" \
+# torch comes first and alone, in the build that was asked for; see the script.
+$(VENV)/torch-$(TORCH): constraints.txt scripts/install_torch.sh
+	@test -n "$(PYTHON)" || { echo "bids_gacelle needs Python 3.11 or newer, but python3 is" \
 	  "'$$(python3 --version 2>&1)'. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV) || { echo "$(PYTHON) could not make a virtual environment in" \
 	  "$(VENV). On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-ifeq ($(TORCH),cpu)
-	@$(PIP) install --no-deps --no-index torch==$(TORCH_VERSION)+cpu 2>/dev/null \
-	|| $(PIP) install --no-deps --retries 1 --timeout 15 --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION) \
-	|| { echo "No CPU build of torch at $(TORCH_INDEX): taking the package index's own build," \
-	     "which on Linux brings several gigabytes of CUDA libraries." >&2; \
-	     $(PIP) install -c constraints.txt torch==$(TORCH_VERSION); }
-else
-	$(PIP) install -c constraints.txt torch==$(TORCH_VERSION)
-endif
+	scripts/install_torch.sh $(BIN)/python
 	@touch $@
 
 $(INSTALLED): $(VENV)/torch-$(TORCH) pyproject.toml
@@ -75,11 +66,11 @@ lint: $(INSTALLED)
 
 image:
 	@test -n "$(CONTAINER)" || { echo "make image needs docker or podman" >&2; exit 1; }
-	$(CONTAINER) build --build-arg TORCH=$(TORCH) --build-arg TORCH_INDEX=$(TORCH_INDEX) -t $(IMAGE) .
+	$(CONTAINER) build $(BUILD_ARGS) -t $(IMAGE) .
 
 sif:
 	@command -v apptainer >/dev/null || { echo "make sif needs apptainer" >&2; exit 1; }
-	apptainer build --fakeroot $(SIF) singularity.def
+	apptainer build --fakeroot $(BUILD_ARGS) $(SIF) singularity.def
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(SIF) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -157,6 +157,9 @@ def test_every_file_beside_the_code_names_the_same_version():
     assert re.search(r"^version: (\S+)$", citation, re.M)[1] == bids_gacelle.__version__
     changes = (ROOT / "CHANGES.md").read_text()
     assert re.search(r"^## \[(\d[^\]]*)\]", changes, re.M)[1] == bids_gacelle.__version__
+    for recipe in ("Dockerfile", "singularity.def"):
+        label = re.search(r"image\.version[= ]\"?([^\s\"]+)", (ROOT / recipe).read_text())
+        assert label[1] == bids_gacelle.__version__, recipe
 
 
 def test_docker_and_apptainer_images_set_the_same_variables():
@@ -164,9 +167,12 @@ def test_docker_and_apptainer_images_set_the_same_variables():
     env = " ".join(re.findall(r"^ENV (.*)$", docker, re.M))
     definition = (ROOT / "singularity.def").read_text()
     section = re.search(r"^%environment\n((?: .*\n|\n)+)", definition, re.M)[1]
-    pair = r"(\w+)=(\S+)"
-    assert dict(re.findall(pair, env)) == dict(re.findall(pair, section))
-    assert "TEMPLATEFLOW_HOME" in env
+    inside, apptainer = (dict(re.findall(r"(\w+)=(\S+)", text)) for text in (env, section))
+    del inside["HOME"]  # Apptainer does not let an image set it
+    assert inside.pop("BIDS_GACELLE_CONTAINER") == "docker"
+    assert apptainer.pop("BIDS_GACELLE_CONTAINER") == "apptainer"
+    assert inside == apptainer
+    assert "PYTHONNOUSERSITE" in inside
 
 
 def test_usage_names_every_option():

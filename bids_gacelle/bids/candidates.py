@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
+import numpy.typing as npt
 
 from bids_gacelle.bids.files import BidsFile, Dataset
 from bids_gacelle.bids.gradients import (
@@ -21,7 +22,7 @@ from bids_gacelle.bids.metadata import MetadataError, Sidecars, constant_fields,
 from bids_gacelle.bids.names import reference_path
 from bids_gacelle.bids.options import Context
 from bids_gacelle.bids.queries import matches
-from bids_gacelle.bids.series import DwiRun, Kind, Series
+from bids_gacelle.bids.series import DwiRun, Kind, Series, Sourced
 from bids_gacelle.bids.timing import RunImage, resolve_timing
 
 # Entities that tell the images of one series apart, or that do not survive the fit.
@@ -94,22 +95,9 @@ def _megre(files: Sequence[BidsFile], context: Context) -> Candidate:
     except MetadataError as error:
         return replace(start, problem=error)
     order = np.argsort(echo_time.values, kind="stable")
-    echo_time = replace(
-        echo_time,
-        values=tuple(echo_time.values[i] for i in order),
-        sources=tuple(echo_time.sources[i] for i in order),
-    )
-    images = [magnitude[i] for i in order]
-    for first, second in zip(range(len(order)), range(1, len(order)), strict=False):
-        if echo_time.values[first] == echo_time.values[second]:
-            problem = MetadataError(
-                f"`{images[first].label}` and `{images[second].label}` have the same EchoTime "
-                f"{echo_time.values[first]:g} s (from {echo_time.sources[first]} and "
-                f"{echo_time.sources[second]}); correct it, or tell them apart by a filter file.",
-                images[second].path,
-                "EchoTime",
-            )
-            return replace(start, problem=problem)
+    images, echo_time = [magnitude[i] for i in order], _in_order(echo_time, order)
+    if problem := _repeated(images, echo_time):
+        return replace(start, problem=problem)
     series = replace(
         start.series,
         images=tuple(str(f.path) for f in images),
@@ -130,7 +118,7 @@ def _vfa(files: Sequence[BidsFile], context: Context) -> Candidate:
         flips = sourced("FlipAngle", sidecars, context.options.assume_ms)
         order = np.argsort(flips.values, kind="stable")
         magnitude, sidecars = [magnitude[i] for i in order], [sidecars[i] for i in order]
-        flips = sourced("FlipAngle", sidecars, context.options.assume_ms)
+        flips = _in_order(flips, order)
         _hint_repetition_time(sidecars)
         repetition = sourced("RepetitionTimeExcitation", sidecars, context.options.assume_ms)
     except MetadataError as error:
@@ -168,6 +156,28 @@ def _magnitude(files: Sequence[BidsFile]) -> list[BidsFile]:
             key = tuple((k, v) for k, v in file.entities.items() if k != "part")
             chosen.setdefault(key, file)
     return sorted(chosen.values(), key=lambda f: f.path.name)
+
+
+def _in_order(values: Sourced, order: npt.NDArray[np.intp]) -> Sourced:
+    return replace(
+        values,
+        values=tuple(values.values[i] for i in order),
+        sources=tuple(values.sources[i] for i in order),
+    )
+
+
+def _repeated(images: Sequence[BidsFile], echo_time: Sourced) -> MetadataError | None:
+    """Two images with the same echo time: one of the sidecars is wrong, or they are two series."""
+    times = zip(images, echo_time.values, echo_time.sources, strict=True)
+    for (first, time, source), (second, other_time, other) in pairwise(times):
+        if time == other_time:
+            return MetadataError(
+                f"`{first.label}` and `{second.label}` have the same EchoTime {time:g} s (from "
+                f"{source} and {other}); correct it, or tell them apart by a filter file.",
+                second.path,
+                "EchoTime",
+            )
+    return None
 
 
 def _require_magnitude(files: Sequence[BidsFile], magnitude: Sequence[BidsFile]) -> None:

@@ -165,8 +165,7 @@ def _is_outdated(paths: list[Path], root: Path, wanted: set[str]) -> bool:
 
 
 def _belongs(relative: Path, wanted: set[str]) -> bool:
-    top = relative.parts[0]
-    return len(relative.parts) == 1 or top in wanted or not top.startswith("sub-")
+    return len(relative.parts) == 1 or relative.parts[0] in wanted
 
 
 def _upwards(folder: Path, root: Path) -> Iterator[Path]:

@@ -3,29 +3,23 @@
 Knows nothing of BIDS, Nipype or files, and needs torch and numpy only.
 """
 
-from typing import Any
-
 from bids_gacelle.engine.fit import fit
 from bids_gacelle.engine.models import Parameter, Reference, SignalModel, get_model, list_models
+from bids_gacelle.engine.prepare import DwiVolumes, PreparedDwi, prepare_dwi
 from bids_gacelle.engine.result import FitResult
 from bids_gacelle.engine.scheme import DiffusionScheme, GradientEchoScheme
 
 __all__ = [
     "DiffusionScheme",
+    "DwiVolumes",
     "FitResult",
     "GradientEchoScheme",
     "Parameter",
+    "PreparedDwi",
     "Reference",
     "SignalModel",
     "fit",
     "get_model",
     "list_models",
+    "prepare_dwi",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("DwiVolumes", "PreparedDwi", "prepare_dwi"):
-        from bids_gacelle.engine import prepare
-
-        return getattr(prepare, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

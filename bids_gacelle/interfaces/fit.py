@@ -25,6 +25,8 @@ from bids_gacelle.settings import Settings
 PILOT_VOXELS = 1024
 """Voxels timed beforehand to say how long the fit will take."""
 
+SECONDS_BETWEEN_LINES = 5.0
+
 
 class _FitInputSpec(StepInputSpec):
     model = traits.Str(mandatory=True)
@@ -137,7 +139,7 @@ def _announce(title: str, call: Callable[..., FitResult], data: np.ndarray) -> N
 
 
 def _progress(title: str) -> Callable[[int, int], None]:
-    """A bar on a terminal, else a line for every 10 %."""
+    """A bar on a terminal, else a line for every 10 %, but not more often than every few seconds."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -150,13 +152,13 @@ def _progress(title: str) -> Callable[[int, int], None]:
                 bar.close()
 
         return draw
-    reported = 0
+    reported, said = 0, time.monotonic()
 
     def line(done: int, total: int) -> None:
-        nonlocal reported
+        nonlocal reported, said
         tenth = math.floor(10 * done / max(total, 1))
-        if total >= 20 * PILOT_VOXELS and tenth > reported:
-            reported = tenth
+        if tenth > reported and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            reported, said = tenth, time.monotonic()
             LOGGER.info("%s: %d %% of %s voxels", title, 10 * tenth, f"{total:,}")
 
     return line

@@ -9,7 +9,6 @@ the true parameter of a voxel a number rather than a mixture.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -159,12 +158,11 @@ def make_anatomy(
     seed
         Same seed, same head.
     """
-    template = load_template()
     to_mni = np.linalg.inv(_placement(session, subject, seed) @ _shape(subject, seed))
-    affine, shape = _grid(template, np.linalg.inv(to_mni), resolution, oblique=subject % 2 == 0)
+    affine, shape = _grid(np.linalg.inv(to_mni), resolution, oblique=subject % 2 == 0)
     index = np.moveaxis(np.indices(shape, dtype=np.float64), 0, -1)
     mni = _apply(to_mni @ affine, index)
-    gray, white, brain = _sample(template, mni, resolution)
+    gray, white, brain = _sample(mni, resolution)
     labels = _label(gray, white, brain, mni)
     labels[_scalp(labels > 0, mni, resolution)] = Label.SCALP
     return Anatomy(labels, mni, affine)
@@ -188,15 +186,31 @@ def _placement(session: int, subject: int, seed: int) -> np.ndarray:
     return matrix
 
 
+@cache
+def _surface() -> np.ndarray:
+    """Return MNI coordinates of the outermost voxels of the brain, (points, 3)."""
+    template = load_template()
+    edge = template.brain & ~ndimage.binary_erosion(template.brain)
+    return _apply(template.affine, np.argwhere(edge))
+
+
+@cache
+def _smoothed(resolution: float) -> tuple[np.ndarray, ...]:
+    """Return gray, white and brain of the template averaged over about a voxel."""
+    template = load_template()
+    # A box of the voxel's width has this standard deviation.
+    blur = resolution / np.sqrt(12) / np.abs(template.affine[0, 0])
+    volumes = (template.gray, template.white, template.brain.astype(np.float32))
+    return tuple(ndimage.gaussian_filter(volume, blur) for volume in volumes)
+
+
 def _grid(
-    template: Template, from_mni: np.ndarray, resolution: float, *, oblique: bool
+    from_mni: np.ndarray, resolution: float, *, oblique: bool
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Affine and shape of the smallest grid that holds the head with its margin."""
     tilt = Rotation.from_euler("xy", (-12.0, 5.0) if oblique else (0.0, 0.0), degrees=True)
     axes = tilt.as_matrix() @ np.diag([-resolution, resolution, resolution])
-    edge = template.brain & ~ndimage.binary_erosion(template.brain)
-    surface = _apply(from_mni @ template.affine, np.argwhere(edge))
-    in_voxels = surface @ np.linalg.inv(axes).T
+    in_voxels = _apply(from_mni, _surface()) @ np.linalg.inv(axes).T
     margin = (SKULL_MM + SCALP_MM + MARGIN_MM) / resolution
     first = np.floor(in_voxels.min(axis=0) - margin)
     last = np.ceil(in_voxels.max(axis=0) + margin)
@@ -212,17 +226,10 @@ def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
-def _sample(template: Template, mni: np.ndarray, resolution: float) -> Sequence[np.ndarray]:
-    """Gray, white and brain probability of every voxel, averaged over about its size."""
-    where = np.moveaxis(_apply(np.linalg.inv(template.affine), mni), -1, 0)
-    # A box of the voxel's width has this standard deviation.
-    blur = resolution / np.sqrt(12) / np.abs(template.affine[0, 0])
-    return [
-        ndimage.map_coordinates(
-            ndimage.gaussian_filter(volume.astype(np.float32), blur), where, order=1
-        )
-        for volume in (template.gray, template.white, template.brain)
-    ]
+def _sample(mni: np.ndarray, resolution: float) -> list[np.ndarray]:
+    """Return gray, white and brain probability of every voxel."""
+    where = np.moveaxis(_apply(np.linalg.inv(load_template().affine), mni), -1, 0)
+    return [ndimage.map_coordinates(volume, where, order=1) for volume in _smoothed(resolution)]
 
 
 def _label(gray: np.ndarray, white: np.ndarray, brain: np.ndarray, mni: np.ndarray) -> np.ndarray:

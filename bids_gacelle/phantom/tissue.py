@@ -71,7 +71,7 @@ MEANS = {
     Label.PALLIDUM: (0.75, 1.05, 43.0, 0.70, 0.48, 2.3, 0.85, 40.0, 0.4, 0.47, 1.85),
     Label.SCALP: (0.60, 0.40, 25.0, 0.15, 0.10, 2.0, 0.80, 30.0, 0.0, 0.10, 1.00),
 }
-"""Mean of every quantity, in the order of `QUANTITIES`. Fluid has no neurites and diffuses freely."""
+"""Mean of every quantity, in the order of `QUANTITIES`; fluid has no neurites."""
 
 
 def parameter_map(

@@ -172,8 +172,15 @@ def _make_room(out: Path, overwrite: bool) -> None:
             f"{out} already holds a digital brain; add --overwrite to replace it, or give "
             "another folder."
         )
-    for folder in (*out.glob("sub-*/"), out / TRUTH):
-        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        for folder in (*out.glob("sub-*/"), out / TRUTH):
+            if folder.exists():
+                shutil.rmtree(folder)
+    except OSError as error:
+        raise InputError(
+            f"The earlier digital brain in {out} cannot be removed: {error.strerror}; give "
+            "another folder."
+        ) from error
 
 
 def _is_phantom(folder: Path) -> bool:
@@ -188,7 +195,7 @@ def _write_root(out: Path, subjects: list[str], settings: dict[str, Any]) -> Non
     """Write the files at the root of both datasets."""
     options = " ".join(f"--{name} {value}" for name, value in settings.items())
     maker = {"Name": NAME, "Version": __version__, "Description": options}
-    about = {"BIDSVersion": BIDS_VERSION, "License": "CC0-1.0", "Authors": [NAME]}
+    about = {"BIDSVersion": BIDS_VERSION, "License": "See README.md", "Authors": [NAME]}
     write_json(
         out / "dataset_description.json",
         {"Name": "Digital brain", **about, "DatasetType": "raw", "GeneratedBy": [maker]},
@@ -294,9 +301,11 @@ Simulated scans with known truth, made by
     bids-gacelle-phantom OUT {options}
 
 Nobody was scanned. The anatomy comes from the tissue probability maps of the ICBM 152 template
-(2009a, nonlinear, symmetric; Fonov et al. 2011, doi:10.1016/j.neuroimage.2010.07.033), copyright
-(C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute,
-McGill University, as distributed with nilearn; the deep nuclei are ellipsoids.
+(2009a, nonlinear, symmetric; Fonov et al. 2011, doi:10.1016/j.neuroimage.2010.07.033) as
+distributed with nilearn; the deep nuclei are ellipsoids. The template is copyright (C) 1993-2004
+Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill University,
+who permit to use, copy, modify and distribute it for any purpose and without fee, provided that
+this notice appears in all copies. Everything else here is in the public domain (CC0-1.0).
 
 - `anat/*_MEGRE`: multi-echo gradient echo, mono-exponential decay.
 - `anat/*_VFA`: spoiled gradient echoes at several flip angles; `fmap/*_TB1map` is the transmit

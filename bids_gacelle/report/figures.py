@@ -45,12 +45,21 @@ FLAGS = (
     (16, "several minima of similar depth", "#56b4e9"),
     (0, "ok", "#4b5563"),
 )
-GROUP_COLOURS = ("#1f6f8b", "#d1495b", "#6a4c93", "#2a9d5c", "#c77d00", "#555555", "#0081a7", "#b5179e")
+GROUP_COLOURS = (
+    "#1f6f8b",
+    "#d1495b",
+    "#6a4c93",
+    "#2a9d5c",
+    "#c77d00",
+    "#555555",
+    "#0081a7",
+    "#b5179e",
+)
 GROUP_MARKERS = "osD^vPX*"
 
 
 class Drawing(NamedTuple):
-    """A finished picture: PNG bytes, its size in CSS pixels, and the text for who cannot see it."""
+    """A finished picture: PNG bytes, size in CSS pixels, and words for who cannot see it."""
 
     png: bytes
     width: int
@@ -77,13 +86,13 @@ def render(figure: Figure, alt: str, colours: Sequence[Any] = ()) -> Drawing:
     else:
         indexed = picture.quantize(96, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
-    indexed.save(buffer, format="PNG", optimize=True)
+    indexed.save(buffer, format="PNG", compress_level=7)
     width, height = figure.get_size_inches() * 72
     return Drawing(buffer.getvalue(), round(width), round(height), alt)
 
 
 def new_figure(width: float, height: float, density: float, background: str) -> Figure:
-    """An empty figure measured in CSS pixels: at 72 dpi a point is one of them."""
+    """Make an empty figure measured in CSS pixels: at 72 dpi a point is one of them."""
     return Figure(figsize=(width / 72, height / 72), dpi=72 * density, facecolor=background)
 
 
@@ -96,9 +105,9 @@ class Mosaic(NamedTuple):
     height: float
     scale: float
 
-    def label(self, x: float, y: float, label: str, **style: Any) -> None:
+    def label(self, x: float, y: float, label: str, **given: Any) -> None:
         """Write text at CSS pixel (x, y) from the top left corner."""
-        style = {"fontsize": 9.5, "color": FAINT, "va": "center"} | style
+        style: dict[str, Any] = {"fontsize": 9.5, "color": FAINT, "va": "center"} | given
         self.figure.text(x / self.width, 1 - y / self.height, label, **style)
 
 
@@ -111,7 +120,14 @@ FOOT = 18.0
 
 
 def mosaic(
-    view: View, paint: Paint, *, width: float, density: float, side: float = SIDE, height: float = 560.0, limit: float = np.inf
+    view: View,
+    paint: Paint,
+    *,
+    width: float,
+    density: float,
+    side: float = SIDE,
+    height: float = 560.0,
+    limit: float = np.inf,
 ) -> Mosaic:
     """Slices in three planes with orientation letters, the slice numbers and the convention.
 
@@ -129,7 +145,7 @@ def mosaic(
     canvas = np.empty((*pixels, 3), np.uint8)
     canvas[:] = np.round(255 * np.array(to_rgb(BACKGROUND)))
     for panel in result.panels:
-        _place(canvas, paint(panel.plane, panel.index), panel, density)
+        _place(canvas, paint(panel.plane, panel.position), panel, density)
         _annotate(result, panel, view)
     figure.add_artist(_Raster(canvas))
     result.label(MARGIN, total - FOOT / 2 - 1, _convention(view, width))
@@ -163,7 +179,7 @@ def _place(canvas: np.ndarray, image: np.ndarray, panel: Panel, density: float) 
 
 
 def _annotate(target: Mosaic, panel: Panel, view: View) -> None:
-    name = view.grid.stored_index(panel.plane.cut, panel.index)
+    name = view.grid.stored_index(panel.plane.cut, panel.position)
     strip = panel.height < 30
     above = f"{panel.plane.name.upper()}   {name}" if panel.first else name
     if panel.first and strip:
@@ -202,18 +218,27 @@ def _convention(view: View, width: float) -> str:
 
 
 def colour_map(name: str) -> Colormap:
-    """A perceptually uniform colour map by name (viridis when unknown), in 176 steps."""
-    known = name if name in ("viridis", "magma", "gray", "cividis", "plasma", "inferno") else "viridis"
+    """Return a perceptually uniform colour map by name (viridis when unknown), in 176 steps."""
+    known = (
+        name if name in ("viridis", "magma", "gray", "cividis", "plasma", "inferno") else "viridis"
+    )
     return mpl.colormaps[known].resampled(176)
 
 
 def nice_limit(values: np.ndarray, share: float = 98.0) -> float:
-    """A round upper end of a display window that holds ``share`` percent of the values."""
+    """Choose a round upper end for a window that holds ``share`` percent of the values."""
     top = float(np.percentile(values, share)) if values.size else 0.0
     if not top > 0:
         return 1.0
     power = 10.0 ** np.floor(np.log10(top))
-    return float(next(step for step in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if step * power >= top * (1 - 1e-6)) * power)
+    return float(
+        next(
+            step
+            for step in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
+            if step * power >= top * (1 - 1e-6)
+        )
+        * power
+    )
 
 
 def map_figure(
@@ -229,7 +254,7 @@ def map_figure(
     side: float = SIDE,
     limit: float = np.inf,
 ) -> Mosaic:
-    """One scalar map in a fixed window: dark outside the mask, ``NO_VALUE`` where it is NaN."""
+    """Draw one scalar map in a fixed window: dark outside the mask, ``NO_VALUE`` where NaN."""
     colours, norm = colour_map(colormap), Normalize(*window, clip=True)
     table = (255 * colours(np.arange(colours.N))[:, :3]).round().astype(np.uint8)
     special = [np.round(255 * np.array(to_rgb(c))) for c in (NO_VALUE, BACKGROUND)]
@@ -247,23 +272,46 @@ def map_figure(
     values = volume[mask]
     some = values[np.isfinite(values)]
     ends = (bool((some < window[0]).any()), bool((some > window[1]).any()))
-    _colour_bar(result, colours, Normalize(*window), unit, ends, side=side, missing=some.size < values.size)
+    _colour_bar(
+        result, colours, Normalize(*window), unit, ends, side=side, missing=some.size < values.size
+    )
     return result
 
 
 def _colour_bar(
-    target: Mosaic, colours: Colormap, norm: Normalize, unit: str, ends: tuple[bool, bool], *, side: float, missing: bool
+    target: Mosaic,
+    colours: Colormap,
+    norm: Normalize,
+    unit: str,
+    ends: tuple[bool, bool],
+    *,
+    side: float,
+    missing: bool,
 ) -> None:
     left = target.width - side + 12
     top, bottom = 30.0, target.height - FOOT - (36 if missing else 16)
     bottom = min(bottom, top + 280)
-    box = (left / target.width, 1 - bottom / target.height, 11 / target.width, (bottom - top) / target.height)
-    axes = target.figure.add_axes(box)
-    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-    bar = target.figure.colorbar(
-        ScalarMappable(norm, colours), cax=axes, extend=extend[ends], extendfrac=0.04, drawedges=False
+    box = (
+        left / target.width,
+        1 - bottom / target.height,
+        11 / target.width,
+        (bottom - top) / target.height,
     )
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    axes = target.figure.add_axes(box)
+    extend = {
+        (False, False): "neither",
+        (True, False): "min",
+        (False, True): "max",
+        (True, True): "both",
+    }
+    bar = target.figure.colorbar(
+        ScalarMappable(norm, colours),
+        cax=axes,
+        extend=extend[ends],
+        extendfrac=0.04,
+        drawedges=False,
+    )
+    bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text.number(value, 3)))
     bar.ax.tick_params(labelsize=10, colors=INK, length=3, width=0.6, pad=2)
@@ -272,7 +320,9 @@ def _colour_bar(
         _swatch(target, left, bottom + 24, NO_VALUE, "no value")
 
 
-def _swatch(target: Mosaic, x: float, y: float, colour: str, label: str, size: float = 9.0) -> None:
+def _swatch(
+    target: Mosaic, x: float, y: float, colour: str, label: str, size: float = 9.0
+) -> None:
     patch = Rectangle(
         (x / target.width, 1 - (y + size / 2) / target.height),
         size / target.width,
@@ -292,9 +342,16 @@ def draw_map(mosaic_: Mosaic, colormap: str, alt: str) -> Drawing:
 
 
 def draw_flags(
-    flags: np.ndarray, mask: np.ndarray, view: View, *, width: float, density: float, alt: str, limit: float = np.inf
+    flags: np.ndarray,
+    mask: np.ndarray,
+    view: View,
+    *,
+    width: float,
+    density: float,
+    alt: str,
+    limit: float = np.inf,
 ) -> Drawing:
-    """Where the fit is not to be trusted and why: the most serious flag of each voxel."""
+    """Map where the fit is not to be trusted and why: the most serious flag of each voxel."""
     worst = np.full(flags.shape, len(FLAGS) - 1, np.uint8)
     for n, (bit, _, _) in reversed(list(enumerate(FLAGS[:-1]))):
         worst[(flags.astype(np.uint8) & bit) > 0] = n
@@ -319,8 +376,10 @@ def draw_flags(
     return render(result.figure, alt, [c for *_, c in FLAGS])
 
 
-def draw_mask(reference: Volume, mask: np.ndarray, view: View, *, density: float, alt: str) -> Drawing:
-    """The outline of the mask, voxel by voxel, over the image it was made for."""
+def draw_mask(
+    reference: Volume, mask: np.ndarray, view: View, *, density: float, alt: str
+) -> Drawing:
+    """Outline the mask, voxel by voxel, over the image it was made for."""
     values = reference.data[np.isfinite(reference.data)]
     low, high = np.percentile(values, [1, 99.5]) if values.size else (0.0, 1.0)
     grey = colour_map("gray")
@@ -334,8 +393,8 @@ def draw_mask(reference: Volume, mask: np.ndarray, view: View, *, density: float
     result = mosaic(view, paint, width=WIDTH, density=density, side=0.0, height=520.0)
     segments = []
     for panel in result.panels:
-        edges = mask_edges(view.section(mask, panel.plane, panel.index))
-        rows, columns = view.section(mask, panel.plane, panel.index).shape
+        edges = mask_edges(view.section(mask, panel.plane, panel.position))
+        rows, columns = view.section(mask, panel.plane, panel.position).shape
         if len(edges):
             edges = edges / [columns, rows] * [panel.width, panel.height] + [panel.x, panel.y]
             segments.append(edges / [result.width, result.height] * [1, -1] + [0, 1])
@@ -352,7 +411,7 @@ def draw_mask(reference: Volume, mask: np.ndarray, view: View, *, density: float
 
 
 def mask_edges(inside: np.ndarray) -> np.ndarray:
-    """Border between inside and outside as line segments (n, 2 ends, 2): (column, row) units."""
+    """Find the border of a mask as line segments (n, 2 ends, 2) in (column, row) units."""
     padded = np.pad(inside.astype(bool), 1)
     rows, columns = np.nonzero(padded[1:, :] != padded[:-1, :])
     flat = np.stack([np.stack([columns - 1, rows], -1), np.stack([columns, rows], -1)], 1)
@@ -391,10 +450,10 @@ def draw_histogram(
     width: float,
     density: float,
     alt: str,
-    bounds: tuple[float, float] | None = None,
+    bounds: Sequence[float] = (),
     height: float = 180.0,
 ) -> Drawing:
-    """Values within the mask: display window shaded, bounds dashed, the rest in edge bars."""
+    """Count values in the mask: display window shaded, bounds dashed, the rest in edge bars."""
     values = values[np.isfinite(values)]
     if not values.size:
         raise ValueError("no voxel has a value")
@@ -414,16 +473,20 @@ def draw_histogram(
             notes.append(f"{text.percent(share)} {word} the window")
     median = float(np.median(values))
     axes.axvline(median, color=PLOT_INK, lw=1.2, zorder=3)
-    for bound in bounds or ():
+    for bound in bounds:
         if low <= bound <= high:
             axes.axvline(bound, color="#c2600a", lw=1.6, ls=(0, (3, 2)), zorder=3)
-        elif np.isfinite(bound):
+        else:
             notes.append(f"bound {text.number(bound)} outside the plot")
     q1, q3 = np.percentile(values, [25, 75])
-    head = f"median {text.number(median, 3)}, quartiles {text.number(q1, 3)} and {text.number(q3, 3)}"
+    head = (
+        f"median {text.number(median, 3)}, quartiles {text.number(q1, 3)} and {text.number(q3, 3)}"
+    )
     lines = textwrap.wrap("  ·  ".join([head, *notes]), int(width / 6))
     for n, line in enumerate(lines[:2]):
-        figure.text(52 / width, 1 - (11 + 13 * n) / height, line, fontsize=10, color=PLOT_INK, va="center")
+        figure.text(
+            52 / width, 1 - (11 + 13 * n) / height, line, fontsize=10, color=PLOT_INK, va="center"
+        )
     axes.set_xlim(low, high)
     axes.set_xlabel(label, fontsize=10.5, color=PLOT_INK, labelpad=2)
     axes.set_ylabel("voxels", fontsize=10.5, color=PLOT_INK)
@@ -432,12 +495,20 @@ def draw_histogram(
 
 
 def draw_example(
-    example: dict[str, Any], plot: dict[str, Any], *, width: float, density: float, alt: str, height: float = 330.0
+    example: dict[str, Any],
+    plot: dict[str, Any],
+    *,
+    width: float,
+    density: float,
+    alt: str,
+    height: float = 330.0,
 ) -> Drawing:
-    """One voxel: measured points and fitted signal above, measured minus fitted below."""
+    """Plot one voxel: measured points and fitted signal above, measured minus fitted below."""
     x, data, fitted = (np.asarray(v, float) for v in (plot["x"], example["data"], example["fit"]))
     if not x.shape == data.shape == fitted.shape:
-        raise ValueError(f"{x.size} abscissae, {data.size} data points and {fitted.size} fitted points")
+        raise ValueError(
+            f"{x.size} abscissae, {data.size} data points and {fitted.size} fitted points"
+        )
     names = [str(g) for g in plot.get("groups") or [""] * x.size]
     groups = list(dict.fromkeys(names))
     figure = new_figure(width, height, density, "white")
@@ -448,10 +519,12 @@ def draw_example(
     curve = example.get("curve")
     for n, group in enumerate(groups):
         chosen = np.array([name == group for name in names])
-        colour, marker = GROUP_COLOURS[n % len(GROUP_COLOURS)], GROUP_MARKERS[n % len(GROUP_MARKERS)]
+        colour = GROUP_COLOURS[n % len(GROUP_COLOURS)]
+        marker = GROUP_MARKERS[n % len(GROUP_MARKERS)]
         order = np.argsort(x[chosen], kind="stable")
-        smooth = curve is not None and str(curve.get("group", "")) == group
-        line = (curve["x"], curve["y"]) if smooth else (x[chosen][order], fitted[chosen][order])
+        line = (x[chosen][order], fitted[chosen][order])
+        if curve is not None and str(curve.get("group") or "") == group:
+            line = (np.asarray(curve["x"], float), np.asarray(curve["y"], float))
         axes.plot(*line, color=colour, lw=1.4, zorder=2)
         style = {"ls": "none", "marker": marker, "ms": 5, "mec": colour, "mew": 1.1, "zorder": 3}
         axes.plot(x[chosen], data[chosen], mfc="white", label=group, **style)
@@ -462,7 +535,13 @@ def draw_example(
 
 
 def _finish_example(
-    axes: Any, residual_axes: Any, x: np.ndarray, residual: np.ndarray, plot: dict[str, Any], *, legend: bool
+    axes: Any,
+    residual_axes: Any,
+    x: np.ndarray,
+    residual: np.ndarray,
+    plot: dict[str, Any],
+    *,
+    legend: bool,
 ) -> None:
     pad = 0.05 * (np.ptp(x) or 1.0)
     for each in (axes, residual_axes):
@@ -474,7 +553,9 @@ def _finish_example(
     axes.set_ylabel(plot.get("y_label") or "signal", fontsize=10.5, color=PLOT_INK)
     if legend:
         columns = 1 if len(axes.get_legend_handles_labels()[1]) < 6 else 2
-        axes.legend(fontsize=9.5, frameon=False, labelcolor=PLOT_INK, handletextpad=0.3, ncols=columns)
+        axes.legend(
+            fontsize=9.5, frameon=False, labelcolor=PLOT_INK, handletextpad=0.3, ncols=columns
+        )
     top = 1.25 * float(np.nanmax(np.abs(residual), initial=0)) or 1.0
     residual_axes.set_ylim(-top, top)
     residual_axes.axhline(0, color=PLOT_FAINT, lw=0.8, zorder=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -67,7 +67,7 @@ def load_volume(path: Path) -> Volume:
     ValueError
         The image is not 3-D or its affine names no axes.
     """
-    image = nib.load(path)
+    image: Any = nib.load(path)
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -101,10 +101,12 @@ class View:
         crop = list(self.box)
         crop[plane.cut] = slice(index, index + 1)
         cut = data[tuple(crop)].squeeze(plane.cut)
-        return cut.T[::-1]  # both remaining axes ascend, so (across, up) -> (row from the top, column)
+        return cut.T[
+            ::-1
+        ]  # both remaining axes ascend, so (across, up) -> (row from the top, column)
 
     def fewer(self, number: int) -> View:
-        """The same view with at most ``number`` slices per plane, evenly taken."""
+        """Return the same view with at most ``number`` slices per plane, evenly taken."""
         cuts = {
             name: tuple(indices[int((n + 0.5) * len(indices) / number)] for n in range(number))
             if len(indices) > number
@@ -115,12 +117,14 @@ class View:
 
     def size(self, plane: Plane) -> tuple[float, float]:
         """Width and height of a slice in mm."""
-        steps = [(s.stop - s.start) * mm for s, mm in zip(self.box, self.grid.spacing, strict=True)]
+        steps = [
+            (s.stop - s.start) * mm for s, mm in zip(self.box, self.grid.spacing, strict=True)
+        ]
         return steps[plane.across], steps[plane.up]
 
 
 def choose_view(mask: Volume, *, surround: np.ndarray | None = None, per_plane: int = 7) -> View:
-    """Slices spread over the extent of a mask, cropped to it (or to it and ``surround``).
+    """Choose slices spread over the extent of a mask, cropped to it (or to it and ``surround``).
 
     Planes in which the volume is one voxel thin show nothing and are left out.
 
@@ -153,7 +157,7 @@ class Panel(NamedTuple):
     """Where one slice goes on the page, in CSS pixels from the top left corner."""
 
     plane: Plane
-    index: int
+    position: int
     first: bool
     x: float
     y: float
@@ -165,7 +169,9 @@ GAP = 5.0
 CAPTION = 15.0
 
 
-def arrange(view: View, width: float, height: float, limit: float = np.inf) -> tuple[list[Panel], float, float]:
+def arrange(
+    view: View, width: float, height: float, limit: float = np.inf
+) -> tuple[list[Panel], float, float]:
     """Lay out all slices at one common scale, the largest with which they fit.
 
     Slices of a plane stand in one row; flat strips (thin volumes) may wrap into several.
@@ -174,8 +180,8 @@ def arrange(view: View, width: float, height: float, limit: float = np.inf) -> t
     -------
     panels, scale (CSS pixels per mm), height used
     """
-    panels, bottom = [], height
-    scale = 0.0
+    panels: list[Panel] = []
+    bottom, scale = height, 0.0
     for scale in np.minimum(np.geomspace(12, 0.02, 800), limit):
         panels, bottom, right = _flow(view, float(scale), width)
         if bottom <= height and right <= width:
@@ -189,7 +195,8 @@ def _flow(view: View, scale: float, width: float) -> tuple[list[Panel], float, f
     strips = {plane for plane, (w, h) in sizes.items() if h < w / 4}
     # Slices that are no strips share one column width, so that they stand below each other.
     column_width = max((sizes[plane][0] for plane in planes if plane not in strips), default=0.0)
-    panels, y, right = [], 0.0, 0.0
+    panels: list[Panel] = []
+    y, right = 0.0, 0.0
     for plane in planes:
         cuts = view.cuts[plane.name]
         w, h = sizes[plane]

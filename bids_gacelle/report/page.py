@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,13 @@ from bids_gacelle.report.geometry import View, Volume
 SIZE_LIMIT = 15_000_000
 """Bytes a page may have; pictures become coarser until it holds."""
 
+DENSITY = 1.6
+"""Picture pixels per CSS pixel, to stay sharp on fine screens and on paper."""
+
 _HALF = 604.0
 _THIRD = 400.0
 _HISTOGRAM = 180.0
-_NO_SD = {"missing": "No standard deviation was written for this quantity."}
+_NO_SD: dict[str, Any] = {"missing": "No standard deviation was written for this quantity."}
 
 
 # What a template may ask of a manifest, and of a map in it, that leaves something out.
@@ -68,7 +71,7 @@ def build_subject_report(
     -------
     Path of the page.
     """
-    out_dir, density, page = Path(out_dir), 1.6, b""
+    out_dir, density, page = Path(out_dir), DENSITY, b""
     for _ in range(3):
         page = _render(_Builder(out_dir, density), subject, manifests, status, run)
         if len(page) <= SIZE_LIMIT:
@@ -95,7 +98,11 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 
 def _render(
-    builder: _Builder, subject: str, manifests: list[dict[str, Any]], status: list[dict[str, Any]], run: dict[str, Any]
+    builder: _Builder,
+    subject: str,
+    manifests: list[dict[str, Any]],
+    status: list[dict[str, Any]],
+    run: dict[str, Any],
 ) -> bytes:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bids_gacelle.report"),
@@ -111,7 +118,10 @@ def _render(
         "count": text.count,
         "percent": text.percent,
         "seconds": text.seconds,
-        "doi": lambda doi: "https://doi.org/" + quote(re.sub(r"^(https?://(dx\.)?doi\.org/|doi:)", "", str(doi)), "/()"),
+        "doi": lambda doi: (
+            "https://doi.org/"
+            + quote(re.sub(r"^(https?://(dx\.)?doi\.org/|doi:)", "", str(doi)), "/()")
+        ),
     }
     context = _context(builder, subject, manifests, status, run)
     # Surrogates cannot be encoded; the finalizer has replaced them everywhere but in the template.
@@ -119,14 +129,22 @@ def _render(
 
 
 def _context(
-    builder: _Builder, subject: str, manifests: list[dict[str, Any]], status: list[dict[str, Any]], run: dict[str, Any]
+    builder: _Builder,
+    subject: str,
+    manifests: list[dict[str, Any]],
+    status: list[dict[str, Any]],
+    run: dict[str, Any],
 ) -> dict[str, Any]:
     manifests = [_MANIFEST | manifest for manifest in manifests]
     run = dict.fromkeys(("command", "config_toml", "run_id", "version", "log_tail"), "") | run
     entries = _entries(manifests, status)
     labels = sorted({e["session"] for e in entries}, key=text.natural)
-    sessions = [builder.session(label, [e for e in entries if e["session"] == label]) for label in labels]
-    devices = dict.fromkeys(str(m["fit"]["device"]) for m in manifests if (m.get("fit") or {}).get("device"))
+    sessions = [
+        builder.session(label, [e for e in entries if e["session"] == label]) for label in labels
+    ]
+    devices = dict.fromkeys(
+        str(m["fit"]["device"]) for m in manifests if (m.get("fit") or {}).get("device")
+    )
     spent = [s for s in (text.finite(e["seconds"]) for e in entries) if s is not None]
     failed = sum(e["status"] == "failed" for e in entries)
     skipped = sum(e["status"] == "skipped" for e in entries)
@@ -161,8 +179,10 @@ def _context(
     }
 
 
-def _entries(manifests: list[dict[str, Any]], status: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was planned joined with what was written, in the order of the plan."""
+def _entries(
+    manifests: list[dict[str, Any]], status: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Join what was planned with what was written, in the order of the plan."""
     by_key = {_key(m): m for m in manifests}
     planned = {_key(s): s for s in status}
     entries = []
@@ -179,7 +199,9 @@ def _entries(manifests: list[dict[str, Any]], status: list[dict[str, Any]]) -> l
                 "model": model,
                 "status": state.get("status") or "ok",
                 "reason": state.get("reason") or "",
-                "seconds": ((manifest or {}).get("fit") or {}).get("seconds") if seconds is None else seconds,
+                "seconds": ((manifest or {}).get("fit") or {}).get("seconds")
+                if seconds is None
+                else seconds,
                 "manifest": manifest,
                 "ok_share": _ok_share(manifest),
             }
@@ -188,7 +210,11 @@ def _entries(manifests: list[dict[str, Any]], status: list[dict[str, Any]]) -> l
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str, str]:
-    return str(entry.get("session") or ""), str(entry.get("series") or ""), str(entry.get("model") or "")
+    return (
+        str(entry.get("session") or ""),
+        str(entry.get("series") or ""),
+        str(entry.get("model") or ""),
+    )
 
 
 def _ok_share(manifest: dict[str, Any] | None) -> float | None:
@@ -202,7 +228,9 @@ def _methods(manifests: list[dict[str, Any]]) -> list[str]:
 
 
 def _references(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = {str(r.get("key") or r.get("text")): r for m in manifests for r in m.get("references") or []}
+    found = {
+        str(r.get("key") or r.get("text")): r for m in manifests for r in m.get("references") or []
+    }
     return [found[key] for key in sorted(found)]
 
 
@@ -212,8 +240,17 @@ def _versions(manifests: list[dict[str, Any]], run: dict[str, Any]) -> list[tupl
     for manifest in manifests:
         session, series, model = _key(manifest)
         where = f"{'ses-' + session + ' ' if session else ''}{series}, {model}"
-        rows.append((f"maps of {where}", f"{manifest.get('version', 'n/a')}, written {manifest.get('created', 'n/a')}"))
-    return rows + [(str(k), str(v)) for k, v in run.items() if k not in shown and isinstance(v, str | int | float)]
+        rows.append(
+            (
+                f"maps of {where}",
+                f"{manifest.get('version', 'n/a')}, written {manifest.get('created', 'n/a')}",
+            )
+        )
+    return rows + [
+        (str(k), str(v))
+        for k, v in run.items()
+        if k not in shown and isinstance(v, str | int | float)
+    ]
 
 
 @dataclass
@@ -243,12 +280,17 @@ class _Builder:
         return {"missing": sentence}
 
     def picture(self, what: str, make: Callable[[], Drawing]) -> dict[str, Any]:
-        """A figure as a data URI with its size and alternative text, or why there is none."""
+        """Encode a figure as a data URI with size and alternative text, or say why not."""
 
         def encode() -> dict[str, Any]:
             drawing = make()
             uri = "data:image/png;base64," + base64.b64encode(drawing.png).decode("ascii")
-            return {"uri": uri, "width": drawing.width, "height": drawing.height, "alt": drawing.alt}
+            return {
+                "uri": uri,
+                "width": drawing.width,
+                "height": drawing.height,
+                "alt": drawing.alt,
+            }
 
         return self.attempt(what, encode)
 
@@ -260,7 +302,9 @@ class _Builder:
     def load_like(self, relative: str | None, what: str, grid: Volume) -> Volume:
         volume = self.load(relative, what)
         if volume.data.shape != grid.data.shape:
-            raise ValueError(f"{what} is {volume.data.shape}, the mask is {grid.data.shape} voxels")
+            raise ValueError(
+                f"{what} is {volume.data.shape}, the mask is {grid.data.shape} voxels"
+            )
         return volume
 
     # The parts of a session.
@@ -270,7 +314,9 @@ class _Builder:
         for entry in entries:
             if entry["manifest"] is None and entry["status"] == "ok":
                 name = f"{where}{entry['series']}, {entry['model']}"
-                self.problems.append(f"Expected but missing: results of {name} (reported ok, no manifest).")
+                self.problems.append(
+                    f"Expected but missing: results of {name} (reported ok, no manifest)."
+                )
         fitted = [e["manifest"] for e in entries if e["manifest"] is not None]
         by_series: dict[str, list[dict[str, Any]]] = {}
         for manifest in fitted:
@@ -292,7 +338,9 @@ class _Builder:
         }
 
     def inputs(self, series: str, group: list[dict[str, Any]]) -> dict[str, Any]:
-        files = {(i.get("role", ""), i.get("file", "")): i for m in group for i in m.get("inputs") or []}
+        files = {
+            (i.get("role", ""), i.get("file", "")): i for m in group for i in m.get("inputs") or []
+        }
         seen: dict[str, list[dict[str, Any]]] = {}
         for manifest in group:
             entries = manifest.get("acquisition") or []
@@ -316,7 +364,7 @@ class _Builder:
         }
 
     def masks(self, fitted: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-        """One outline per distinct mask and reference image of the session."""
+        """Draw one outline per distinct mask and reference image of the session."""
         shown: dict[tuple[str, str], dict[str, Any]] = {}
         for manifest in fitted:
             mask, reference = manifest.get("mask") or {}, manifest.get("reference") or {}
@@ -327,7 +375,11 @@ class _Builder:
             label = str(reference.get("label") or "reference image")
             what = f"{where}{manifest.get('series', '')} mask over {label}"
 
-            def draw(mask: dict[str, Any] = mask, reference: dict[str, Any] = reference, what: str = what) -> Drawing:
+            def draw(
+                mask: dict[str, Any] = mask,
+                reference: dict[str, Any] = reference,
+                what: str = what,
+            ) -> Drawing:
                 return self._mask_drawing(mask, reference, what)
 
             shown[key] = {
@@ -350,7 +402,7 @@ class _Builder:
         return figures.draw_mask(image, volume.data > 0, view, density=self.density, alt=alt)
 
     def model(self, manifest: dict[str, Any], name: str) -> dict[str, Any]:
-        """Everything drawn for one fit."""
+        """Draw everything about one fit."""
         loaded = self.attempt(f"mask of {name}", lambda: self._view(manifest))
         parameters, quality = [], {}
         if "value" in loaded:
@@ -358,7 +410,9 @@ class _Builder:
             parameters = [self.parameter(p, mask, view, name) for p in manifest.get("maps") or []]
             quality = self.quality(manifest, mask, view, name)
         if not manifest.get("maps"):
-            self.problems.append(f"Expected but missing: maps of {name} (the manifest lists none).")
+            self.problems.append(
+                f"Expected but missing: maps of {name} (the manifest lists none)."
+            )
         return {
             "manifest": manifest,
             "loaded": loaded,
@@ -373,15 +427,24 @@ class _Builder:
         mask = self.load((manifest.get("mask") or {}).get("file"), "mask")
         return mask, geometry.choose_view(mask)
 
-    def parameter(self, item: dict[str, Any], mask: Volume, view: View, name: str) -> dict[str, Any]:
-        """Map, standard deviation and their histograms for one parameter."""
+    def parameter(
+        self, item: dict[str, Any], mask: Volume, view: View, name: str
+    ) -> dict[str, Any]:
+        """Draw map, standard deviation and their histograms for one parameter."""
         symbol, cmixf = str(item.get("name", "")), str(item.get("unit", ""))
         label, what = str(item.get("label") or symbol), f"{symbol} of {name}"
         inside = mask.data > 0
-        result: dict[str, Any] = {"name": symbol, "label": label, "unit": text.unit(cmixf), "item": _MAP | item}
+        result: dict[str, Any] = {
+            "name": symbol,
+            "label": label,
+            "unit": text.unit(cmixf),
+            "item": _MAP | item,
+        }
 
         def load(kind: str, relative: str | None) -> dict[str, Any]:
-            return self.attempt(f"{kind} of {what}", lambda: self.load_like(relative, kind, mask).data)
+            return self.attempt(
+                f"{kind} of {what}", lambda: self.load_like(relative, kind, mask).data
+            )
 
         loaded = load("map", item.get("file"))
         spread = load("SD map", item["std"]) if item.get("std") else _NO_SD
@@ -402,11 +465,18 @@ class _Builder:
             )
         if "value" in loaded:
             result["histogram"] = self._histogram(
-                what, loaded["value"][inside], result["window"], text.with_unit(symbol, cmixf), height, item.get("bounds")
+                what,
+                loaded["value"][inside],
+                result["window"],
+                text.with_unit(symbol, cmixf),
+                height,
+                item.get("bounds"),
             )
         return result
 
-    def _map(self, result: dict[str, Any], values: np.ndarray, inside: np.ndarray, view: View, what: str) -> float:
+    def _map(
+        self, result: dict[str, Any], values: np.ndarray, inside: np.ndarray, view: View, what: str
+    ) -> float:
         """Add the map and its window to ``result``; return the scale it is drawn at."""
         item, readable = result["item"], result["unit"]
         window, fixed = _window(item, values[inside])
@@ -442,7 +512,7 @@ class _Builder:
         window: tuple[float, float],
         label: str,
         height: float,
-        bounds: list[float] | None = None,
+        bounds: list[Any] | None = None,
     ) -> dict[str, Any]:
         return self.picture(
             f"histogram of {what}",
@@ -454,7 +524,7 @@ class _Builder:
                 height=height,
                 density=self.density,
                 alt=f"Histogram of {what} within the mask",
-                bounds=(bounds[0], bounds[1]) if bounds else None,
+                bounds=[b for b in map(text.finite, bounds or ()) if b is not None],
             ),
         )
 
@@ -470,7 +540,7 @@ class _Builder:
         limit: float = np.inf,
         side: float = figures.SIDE,
     ) -> dict[str, Any]:
-        """A map of a spread or an error, at half the width of the page."""
+        """Draw a map of a spread or an error, at half the width of the page."""
 
         def draw() -> Drawing:
             drawn = figures.map_figure(
@@ -490,11 +560,15 @@ class _Builder:
 
         return self.picture(what, draw)
 
-    def quality(self, manifest: dict[str, Any], mask: Volume, view: View, name: str) -> dict[str, Any]:
-        """NRMSE map with histogram, and the flag map."""
+    def quality(
+        self, manifest: dict[str, Any], mask: Volume, view: View, name: str
+    ) -> dict[str, Any]:
+        """Draw the NRMSE map with its histogram, and the flag map."""
         inside = mask.data > 0
         what = f"NRMSE of {name}"
-        error = self.attempt(what, lambda: self.load_like(manifest.get("nrmse"), "NRMSE map", mask).data)
+        error = self.attempt(
+            what, lambda: self.load_like(manifest.get("nrmse"), "NRMSE map", mask).data
+        )
         result: dict[str, Any] = {"nrmse": error, "nrmse_histogram": error}
         if "value" in error:
             some = error["value"][inside]
@@ -502,7 +576,9 @@ class _Builder:
             result["nrmse"] = self._scalar(
                 what, error["value"], inside, view, window, "1", side=figures.QUALITY_SIDE
             )
-            result["nrmse_histogram"] = self._histogram(what, some, window, "NRMSE", 1.4 * _HISTOGRAM)
+            result["nrmse_histogram"] = self._histogram(
+                what, some, window, "NRMSE", 1.4 * _HISTOGRAM
+            )
 
         def flags() -> Drawing:
             volume = self.load_like(manifest.get("flags"), "flag map", mask)
@@ -518,7 +594,9 @@ class _Builder:
         result["flags"] = self.picture(f"flag map of {name}", flags)
         return result
 
-    def example(self, example: dict[str, Any], manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    def example(
+        self, example: dict[str, Any], manifest: dict[str, Any], name: str
+    ) -> dict[str, Any]:
         label = str(example.get("label", ""))
         voxel = ", ".join(str(v) for v in example.get("voxel") or [])
         units = {str(m.get("name")): str(m.get("unit", "")) for m in manifest.get("maps") or []}
@@ -538,7 +616,10 @@ class _Builder:
             "figure": self.picture(
                 f"{label} example voxel of {name}",
                 lambda: figures.draw_example(
-                    example, manifest.get("plot") or {}, width=_THIRD, density=self.density,
+                    example,
+                    manifest.get("plot") or {},
+                    width=_THIRD,
+                    density=self.density,
                     alt=f"Data, fit and residual of the {label} voxel ({voxel}) of {name}",
                 ),
             ),
@@ -546,18 +627,21 @@ class _Builder:
 
     def rois(self, manifest: dict[str, Any], where: str) -> dict[str, Any]:
         model, series = str(manifest.get("model", "")), str(manifest.get("series", ""))
-        units = {str(m.get("name")): text.unit(str(m.get("unit", ""))) for m in manifest.get("maps") or []}
-        found = []
-        for relative in manifest.get("tables") or []:
-            atlas = re.search(r"_atlas-([A-Za-z0-9]+)", str(relative))
-            name = atlas[1] if atlas else Path(str(relative)).stem
-            found.append(
-                self.attempt(
-                    f"ROI table {name} of {where}{series} {model}",
-                    lambda relative=relative: [_roi_row(r, units) for r in tables.read_rois(self.out_dir / relative)],
-                )
-                | {"name": name, "file": str(relative)}
+        units = {
+            str(m.get("name")): text.unit(str(m.get("unit", "")))
+            for m in manifest.get("maps") or []
+        }
+
+        def read(relative: str) -> dict[str, Any]:
+            atlas = re.search(r"_atlas-([A-Za-z0-9]+)", relative)
+            name = atlas[1] if atlas else Path(relative).stem
+            rows = self.attempt(
+                f"ROI table {name} of {where}{series} {model}",
+                lambda: [_roi_row(r, units) for r in tables.read_rois(self.out_dir / relative)],
             )
+            return rows | {"name": name, "file": relative}
+
+        found = [read(str(relative)) for relative in manifest.get("tables") or []]
         return {"model": model, "series": series, "tables": found}
 
 
@@ -579,10 +663,10 @@ def _roi_row(row: dict[str, str], units: dict[str, str]) -> dict[str, Any]:
 
 
 def _window(item: dict[str, Any], values: np.ndarray) -> tuple[tuple[float, float], bool]:
-    """The display window, and whether it is the fixed one of the parameter."""
-    given = item.get("window")
-    if given:
-        return (float(given[0]), float(given[1])), True
+    """Return the display window, and whether it is the fixed one of the parameter."""
+    given = [text.finite(end) for end in item.get("window") or ()]
+    if len(given) == 2 and given[0] is not None and given[1] is not None:
+        return (given[0], given[1]), True
     return (0.0, figures.nice_limit(values[np.isfinite(values)], 99.5)), False
 
 
@@ -590,13 +674,18 @@ def _counts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     colours = {name: colour for _, name, colour in figures.FLAGS}
     total = text.finite(manifest.get("n_voxels")) or 0
     return [
-        {"name": name, "n": n, "share": n / total if total else None, "colour": colours.get(name, "")}
+        {
+            "name": name,
+            "n": n,
+            "share": n / total if total else None,
+            "colour": colours.get(name, ""),
+        }
         for name, n in (manifest.get("flag_counts") or {}).items()
     ]
 
 
 def _facts(fit: dict[str, Any]) -> list[tuple[str, str]]:
-    """The settings of a fit as label and text; nested ones are shown elsewhere on the page."""
+    """List the settings of a fit as label and text; nested ones are shown elsewhere."""
     formats: dict[str, Callable[[Any], str]] = {
         "seconds": text.seconds,
         "n_voxels": text.count,
@@ -609,6 +698,3 @@ def _facts(fit: dict[str, Any]) -> list[tuple[str, str]]:
         shown = "none" if value is None else formats[key](value) if key in formats else str(value)
         facts.append((key.replace("_", " "), shown))
     return facts
-
-
-__all__: Iterable[str] = ["build_subject_report"]

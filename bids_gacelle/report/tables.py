@@ -30,7 +30,7 @@ _LISTED = 8
 
 
 def acquisition_values(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per quantity: its name, unit, value(s) in short, and where they were read.
+    """Summarise each quantity in a row: name, unit, value(s) in short, where they were read.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def acquisition_values(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def acquisition_lists(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tables of quantities that vary together (shells, echoes): one row per distinct combination.
+    """Tabulate quantities that vary together (shells, echoes): one row per distinct combination.
 
     Values that only jitter (gradient amplitudes per volume) are grouped at gaps of 2 % of the
     largest one. Lists that ``acquisition_values`` already shows in full are left out.
@@ -102,7 +102,7 @@ def _grouped(values: list[float]) -> list[tuple[float, str]]:
         if value - clusters[-1][-1] > gap:
             clusters.append([])
         clusters[-1].append(value)
-    named = {}
+    named: dict[float, tuple[float, str]] = {}
     for cluster in clusters:
         members = [v for v in values if cluster[0] <= v <= cluster[-1]]
         mean = sum(members) / len(members)
@@ -114,7 +114,7 @@ def _grouped(values: list[float]) -> list[tuple[float, str]]:
 
 
 def read_rois(path: Path) -> list[dict[str, str]]:
-    """Rows of a scalarstats table.
+    """Read the rows of a scalarstats table.
 
     Raises
     ------
@@ -134,7 +134,7 @@ def read_rois(path: Path) -> list[dict[str, str]]:
 
 
 def roi_cells(row: dict[str, str], columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Cells of one row: text to read and the number to sort by (None when there is none)."""
+    """Format the cells of one row: text to read and number to sort by (None without one)."""
     cells = []
     for name in columns:
         value = text.finite(row.get(name))

@@ -18,7 +18,7 @@ _FORBIDDEN = re.compile(
 
 
 def clean(value: Any) -> Any:
-    """Text without terminal colours and without the code points HTML forbids; the rest as it is."""
+    """Strip terminal colours and code points that HTML forbids; leave anything but text alone."""
     if not isinstance(value, str):
         return value
     plain = _ANSI.sub("", value).replace("\r\n", "\n").replace("\r", "\n")
@@ -26,7 +26,7 @@ def clean(value: Any) -> Any:
 
 
 def unit(cmixf: str) -> str:
-    """A CMIXF unit as people read it: ``um^2/ms`` -> ``µm²/ms``; ``1`` -> nothing."""
+    """Spell a CMIXF unit as people read it: ``um^2/ms`` -> ``µm²/ms``; ``1`` -> nothing."""
     if cmixf in _WORDS:
         return _WORDS[cmixf]
     readable = re.sub(r"\^(-?\d+)", lambda power: power[1].translate(_SUPERSCRIPT), cmixf)
@@ -34,12 +34,12 @@ def unit(cmixf: str) -> str:
 
 
 def with_unit(label: str, cmixf: str) -> str:
-    """``label (unit)``, or the label alone for a quantity without a unit."""
+    """Write ``label (unit)``, or the label alone for a quantity without a unit."""
     return f"{label} ({unit(cmixf)})" if unit(cmixf) else label
 
 
 def finite(value: Any) -> float | None:
-    """The value as a float, or None when it is no finite number."""
+    """Return the value as a float, or None when it is no finite number."""
     try:
         result = float(value)
     except (TypeError, ValueError):
@@ -48,7 +48,7 @@ def finite(value: Any) -> float | None:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A number with ``digits`` significant digits and no needless exponent; ``n/a`` for none."""
+    """Write a number with ``digits`` significant digits; ``n/a`` when it is none."""
     result = finite(value)
     if result is None:
         return "n/a"
@@ -64,13 +64,15 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def count(value: Any) -> str:
-    """An integer with thin spaces between thousands."""
+    """Write an integer with thin spaces between thousands."""
     result = finite(value)
-    return "n/a" if result is None else f"{round(result):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    return (
+        "n/a" if result is None else f"{round(result):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    )
 
 
 def percent(value: Any) -> str:
-    """A fraction as a percentage; small but not zero shows as ``< 0.1 %``."""
+    """Write a fraction as a percentage; small but not zero shows as ``< 0.1 %``."""
     result = finite(value)
     if result is None:
         return "n/a"
@@ -82,7 +84,7 @@ def percent(value: Any) -> str:
 
 
 def seconds(value: Any) -> str:
-    """A duration: ``4.2 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """Write a duration: ``4.2 s``, ``3 min 20 s``, ``2 h 5 min``."""
     total = finite(value)
     if total is None:
         return "n/a"
@@ -93,7 +95,7 @@ def seconds(value: Any) -> str:
 
 
 def estimate(value: Any, deviation: Any) -> str:
-    """``value ± SD``, both rounded to the second significant digit of the SD."""
+    """Write ``value ± SD``, both rounded to the second significant digit of the SD."""
     centre, spread = finite(value), finite(deviation)
     if centre is None:
         return "n/a"
@@ -105,6 +107,6 @@ def estimate(value: Any, deviation: Any) -> str:
 
 
 def natural(text: str) -> list[tuple[int, int, str]]:
-    """Sort key by which ``ses-2`` comes before ``ses-10``."""
+    """Return a sort key by which ``ses-2`` comes before ``ses-10``."""
     parts = re.findall(r"\d+|\D+", text)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]

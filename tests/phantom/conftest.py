@@ -8,10 +8,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-needs_template = pytest.mark.skipif(
-    importlib.util.find_spec("nilearn") is None, reason="needs nilearn (extra `phantom`)"
-)
-
 
 class Dataset(NamedTuple):
     """A written digital brain."""

@@ -87,7 +87,7 @@ def test_mni_right_is_scanner_right(head):
 
 def test_subjects_differ_in_size_and_sessions_only_in_position():
     def volume(subject, session):
-        head = make_anatomy(subject, session, resolution=6.0)
+        head = make_anatomy(subject, session, resolution=8.0)
         # The transform is affine: the volume of a voxel in MNI space tells the size of the head.
         edges = [np.diff(head.mni[:2, :2, :2], axis=axis)[0, 0, 0] for axis in range(3)]
         return abs(np.linalg.det(edges)), head

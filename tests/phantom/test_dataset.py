@@ -42,7 +42,7 @@ def test_both_datasets_say_what_they_are(noisy):
 
 @needs_template
 def test_same_seed_same_bytes_and_one_more_contrast_or_subject_changes_nothing(tmp_path):
-    common = ["--snr", "30", "--resolution", "10"]
+    common = ["--snr", "30", "--resolution", "12"]
     small = ["--contrasts", "megre", "--subjects", "1"]
     assert main([str(tmp_path / "a"), *small, *common]) == 0
     assert main([str(tmp_path / "b"), *small, *common]) == 0

@@ -12,7 +12,7 @@ def test_fields_are_bounded_smooth_and_of_unit_variance():
     # tanh takes a little off the unit variance of the sum of waves
     assert 0.75 < np.std(fields) < 1.0
     # One millimetre changes a wave of at least 60 mm by at most 2 pi / 60 of its amplitude.
-    step = smooth_field(points + [1.0, 0, 0], stream(0, "test")) - fields[0]
+    step = smooth_field(points + np.array([1.0, 0, 0]), stream(0, "test")) - fields[0]
     assert np.abs(step).max() < 8 * np.sqrt(2 / 8) * 2 * np.pi / 60
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
-from tests.report.report_fixture import oblique_affine
 
 from bids_gacelle.report import figures, geometry
+from tests.report.report_fixture import oblique_affine
 
 RAS = np.diag([4.0, 4.0, 4.0, 1])
 LAS = np.diag([-4.0, 4.0, 4.0, 1])
@@ -72,8 +72,15 @@ def test_bright_spot_is_nearest_to_the_letter_of_its_side(tmp_path, affine, spot
         volume.data, mask, view, window=(0, 1), colormap="viridis", unit="", width=900, density=1
     )
     image = pixels(figures.draw_map(mosaic, "viridis", ""))
-    yellow = np.abs(image - np.round(255 * np.array(figures.colour_map("viridis")(1.0)[:3]))).sum(-1) < 12
-    side = {"x": "L" if spot[0] < 0 else "R", "y": "P" if spot[1] < 0 else "A", "z": "I" if spot[2] < 0 else "S"}
+    yellow = (
+        np.abs(image - np.round(255 * np.array(figures.colour_map("viridis")(1.0)[:3]))).sum(-1)
+        < 12
+    )
+    side = {
+        "x": "L" if spot[0] < 0 else "R",
+        "y": "P" if spot[1] < 0 else "A",
+        "z": "I" if spot[2] < 0 else "S",
+    }
     opposite = dict(zip("LRPAIS", "RLAPSI", strict=True))
     assert len(mosaic.panels) == 3
     for panel, axes in zip(mosaic.panels, ("xy", "xz", "yz"), strict=True):
@@ -84,7 +91,10 @@ def test_bright_spot_is_nearest_to_the_letter_of_its_side(tmp_path, affine, spot
         label = letters(mosaic, panel)
         for axis in axes:
             near, far = label[side[axis]], label[opposite[side[axis]]]
-            assert np.linalg.norm(middle - near) < np.linalg.norm(middle - far), (panel.plane.name, axis)
+            assert np.linalg.norm(middle - near) < np.linalg.norm(middle - far), (
+                panel.plane.name,
+                axis,
+            )
 
 
 def test_neurological_convention_is_stated_and_kept(tmp_path):
@@ -122,7 +132,10 @@ def test_a_ball_is_round_whatever_the_voxel_size(tmp_path, spacing):
         ball, ball > 0, view, window=(0, 1), colormap="viridis", unit="", width=700, density=1.5
     )
     image = pixels(figures.draw_map(mosaic, "viridis", ""))
-    yellow = np.abs(image - np.round(255 * np.array(figures.colour_map("viridis")(1.0)[:3]))).sum(-1) < 12
+    yellow = (
+        np.abs(image - np.round(255 * np.array(figures.colour_map("viridis")(1.0)[:3]))).sum(-1)
+        < 12
+    )
     for panel in mosaic.panels:
         x, y, w, h = (round(1.5 * v) for v in (panel.x, panel.y, panel.width, panel.height))
         rows, columns = np.nonzero(yellow[y : y + h, x : x + w])
@@ -142,7 +155,11 @@ def test_slices_lie_in_the_mask_and_spread_over_it(tmp_path):
         assert set(view.cuts[name]) <= set(inside)
         assert np.ptp(view.cuts[name]) > 0.7 * np.ptp(inside)
     assert view.cuts["axial"][3] == 17
-    assert view.fewer(3).cuts["axial"] == (view.cuts["axial"][1], view.cuts["axial"][3], view.cuts["axial"][5])
+    assert view.fewer(3).cuts["axial"] == (
+        view.cuts["axial"][1],
+        view.cuts["axial"][3],
+        view.cuts["axial"][5],
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,12 +203,18 @@ def test_nan_and_outside_have_their_own_colours(tmp_path):
     image = pixels(figures.draw_map(mosaic, "magma", ""))
     axial = mosaic.panels[0]
     sampled = {}
-    for name, (column, row) in {"value": (0.35, 0.3), "nan": (0.65, 0.3), "outside": (0.04, 0.04)}.items():
+    for name, (column, row) in {
+        "value": (0.35, 0.3),
+        "nan": (0.65, 0.3),
+        "outside": (0.04, 0.04),
+    }.items():
         y, x = int(axial.y + row * axial.height), int(axial.x + column * axial.width)
         sampled[name] = image[y, x]
     assert np.allclose(sampled["nan"], 255 * np.array(to_rgb(figures.NO_VALUE)), atol=1)
     assert np.allclose(sampled["outside"], 255 * np.array(to_rgb(figures.BACKGROUND)), atol=1)
-    assert np.allclose(sampled["value"], 255 * np.array(figures.colour_map("magma")(0.5)[:3]), atol=3)
+    assert np.allclose(
+        sampled["value"], 255 * np.array(figures.colour_map("magma")(0.5)[:3]), atol=3
+    )
     assert any(t.get_text() == "no value" for t in mosaic.figure.texts)
 
 
@@ -201,7 +224,10 @@ def test_flag_map_shows_the_most_serious_flag(tmp_path):
     flags[:8] = 2 | 4
     view = geometry.choose_view(load(tmp_path, mask.astype(np.float32), RAS), per_plane=1)
     image = pixels(figures.draw_flags(flags, mask, view, width=604, density=1, alt=""))
-    area = {name: (np.abs(image - 255 * np.array(to_rgb(c))).sum(-1) < 4).sum() for _, name, c in figures.FLAGS}
+    area = {
+        name: (np.abs(image - 255 * np.array(to_rgb(c))).sum(-1) < 4).sum()
+        for _, name, c in figures.FLAGS
+    }
     assert area["unusable input"] > 20 * area["parameter at a bound"] > 0  # the legend only
     assert 0.7 < area["unusable input"] / area["ok"] < 1.4
 
@@ -225,7 +251,9 @@ def test_mask_edges_count_every_border_once():
 def test_histogram_and_example_draw_what_they_are_given():
     rng = np.random.default_rng(0)
     values = np.r_[rng.normal(1, 0.1, 500), np.full(200, 9.0), np.nan]
-    drawing = figures.draw_histogram(values, (0, 2), label="T1 (s)", width=604, density=1, alt="h", bounds=(0.1, 20))
+    drawing = figures.draw_histogram(
+        values, (0, 2), label="T1 (s)", width=604, density=1, alt="h", bounds=(0.1, 20)
+    )
     image = pixels(drawing)
     assert image.shape[:2] == (drawing.height, drawing.width) == (180, 604)
     red = np.abs(image - 255 * np.array(to_rgb(figures.BEYOND))).sum(-1) < 30
@@ -234,10 +262,14 @@ def test_histogram_and_example_draw_what_they_are_given():
     with pytest.raises(ValueError, match="no voxel"):
         figures.draw_histogram(np.array([np.nan]), (0, 1), label="", width=300, density=1, alt="")
     with pytest.raises(ValueError, match="3 abscissae, 2 data points"):
-        figures.draw_example({"data": [1, 2], "fit": [1, 2]}, {"x": [1, 2, 3]}, width=300, density=1, alt="")
+        figures.draw_example(
+            {"data": [1, 2], "fit": [1, 2]}, {"x": [1, 2, 3]}, width=300, density=1, alt=""
+        )
 
 
-@pytest.mark.parametrize(("top", "expected"), [(0.058, 0.06), (1.0, 1.0), (23.0, 25.0), (9.9, 10.0), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("top", "expected"), [(0.058, 0.06), (1.0, 1.0), (23.0, 25.0), (9.9, 10.0), (0.0, 1.0)]
+)
 def test_nice_limit_is_round_and_large_enough(top, expected):
     assert figures.nice_limit(np.full(50, top)) == pytest.approx(expected)
 

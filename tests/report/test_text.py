@@ -11,8 +11,18 @@ from bids_gacelle.report import tables, text
 @pytest.mark.parametrize(
     ("cmixf", "readable"),
     [
-        ("um^2/ms", "µm²/ms"), ("ms/um^2", "ms/µm²"), ("1/s", "1/s"), ("s/mm^2", "s/mm²"), ("um", "µm"), ("1", ""),
-        ("arbitrary", "a.u."), ("ms", "ms"), ("deg", "°"), ("%", "%"), ("s^-1", "s⁻¹"), ("ppm", "ppm"),
+        ("um^2/ms", "µm²/ms"),
+        ("ms/um^2", "ms/µm²"),
+        ("1/s", "1/s"),
+        ("s/mm^2", "s/mm²"),
+        ("um", "µm"),
+        ("1", ""),
+        ("arbitrary", "a.u."),
+        ("ms", "ms"),
+        ("deg", "°"),
+        ("%", "%"),
+        ("s^-1", "s⁻¹"),
+        ("ppm", "ppm"),
     ],
 )
 def test_units(cmixf, readable):
@@ -22,8 +32,17 @@ def test_units(cmixf, readable):
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (0.0102, "0.0102"), (1527.4, "1527"), (100000, "100000"), (0, "0"), (-0.25, "\N{MINUS SIGN}0.25"),
-        (1.23456e-7, "1.235e-07"), (math.nan, "n/a"), (None, "n/a"), ("n/a", "n/a"), ("3.50", "3.5"), (9.99999, "10"),
+        (0.0102, "0.0102"),
+        (1527.4, "1527"),
+        (100000, "100000"),
+        (0, "0"),
+        (-0.25, "\N{MINUS SIGN}0.25"),
+        (1.23456e-7, "1.235e-07"),
+        (math.nan, "n/a"),
+        (None, "n/a"),
+        ("n/a", "n/a"),
+        ("3.50", "3.5"),
+        (9.99999, "10"),
     ],
 )
 def test_numbers(value, shown):
@@ -33,8 +52,13 @@ def test_numbers(value, shown):
 @pytest.mark.parametrize(
     ("value", "deviation", "shown"),
     [
-        (22.634, 0.861, "22.63 ± 0.86"), (1414.2, 54.3, "1414 ± 54"), (0.5, None, "0.5 (no SD)"),
-        (-0.1234, 0.02, "\N{MINUS SIGN}0.123 ± 0.020"), (None, 1, "n/a"), (2.0, math.nan, "2 (no SD)"), (90.0, 250.0, "90 ± 250"),
+        (22.634, 0.861, "22.63 ± 0.86"),
+        (1414.2, 54.3, "1414 ± 54"),
+        (0.5, None, "0.5 (no SD)"),
+        (-0.1234, 0.02, "\N{MINUS SIGN}0.123 ± 0.020"),
+        (None, 1, "n/a"),
+        (2.0, math.nan, "2 (no SD)"),
+        (90.0, 250.0, "90 ± 250"),
     ],
 )
 def test_estimates_show_two_digits_of_their_sd(value, deviation, shown):
@@ -45,7 +69,12 @@ def test_percentages_durations_and_order():
     assert text.percent(0.0004) == "< 0.1\N{NARROW NO-BREAK SPACE}%"
     assert text.percent(0) == "0\N{NARROW NO-BREAK SPACE}%"
     assert text.percent(0.1234) == "12.3\N{NARROW NO-BREAK SPACE}%"
-    assert [text.seconds(s) for s in (1.234, 16.42, 200, 7500)] == ["1.2 s", "16.4 s", "3 min 20 s", "2 h 5 min"]
+    assert [text.seconds(s) for s in (1.234, 16.42, 200, 7500)] == [
+        "1.2 s",
+        "16.4 s",
+        "3 min 20 s",
+        "2 h 5 min",
+    ]
     assert sorted(["10", "2", "pre", "b1"], key=text.natural) == ["2", "10", "b1", "pre"]
 
 
@@ -63,7 +92,12 @@ def test_jittering_volumes_become_shells_with_counts():
     order = rng.permutation(shells.size)
     entries = [
         {"name": "b", "unit": "ms/um^2", "values": b[order].tolist(), "sources": ["dwi.bval"]},
-        {"name": "BigDelta", "unit": "ms", "values": delta[order].tolist(), "sources": ["dwi.json"]},
+        {
+            "name": "BigDelta",
+            "unit": "ms",
+            "values": delta[order].tolist(),
+            "sources": ["dwi.json"],
+        },
         {"name": "TE", "unit": "s", "values": [0.06], "sources": ["dwi.json"]},
     ]
     (table,) = tables.acquisition_lists(entries)
@@ -77,10 +111,20 @@ def test_jittering_volumes_become_shells_with_counts():
 
 
 def test_short_lists_stay_in_line():
-    entry = {"name": "EchoTime", "unit": "s", "values": [0.004, 0.008], "sources": ["a.json", "b.json"]}
+    entry = {
+        "name": "EchoTime",
+        "unit": "s",
+        "values": [0.004, 0.008],
+        "sources": ["a.json", "b.json"],
+    }
     assert tables.acquisition_lists([entry]) == []
     (row,) = tables.acquisition_values([entry])
-    assert row == {"name": "EchoTime", "unit": "s", "value": "0.004, 0.008", "sources": ["a.json", "b.json"]}
+    assert row == {
+        "name": "EchoTime",
+        "unit": "s",
+        "value": "0.004, 0.008",
+        "sources": ["a.json", "b.json"],
+    }
 
 
 def test_roi_table_without_its_columns_is_refused(tmp_path):

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-OPTIMISED_LIMIT = 65.0
+OPTIMISED_LIMIT = 60.6
 """Largest exponent a of exp(-a x^2) for which the optimised rules keep their stated error."""
 
 # Nodes and weights fitted by least squares to int_0^1 exp(-a x^2) P_l(x) dx for a in [0, 60] and
@@ -42,7 +42,7 @@ def powder_rule(largest_exponent: float, n: int = 8) -> tuple[FloatArray, FloatA
     largest_exponent
         The largest a the rule must serve: the largest b times the largest diffusivity.
     n
-        6 (absolute error 1e-6, for float32 fits) or 8 (2e-9). Beyond `OPTIMISED_LIMIT` a
+        6 (absolute error 2e-6, for float32 fits) or 8 (5e-9). Beyond `OPTIMISED_LIMIT` a
         Gauss-Legendre rule is used, with a node number that grows with the square root of a.
 
     Raises

@@ -23,7 +23,7 @@ _REFILL_SHARE = 0.2
 _PASSES = 3
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """State of all lanes; lanes on the last axis. A cost of inf marks a lane just filled."""
 
     position: Tensor
@@ -36,8 +36,8 @@ class _State(NamedTuple):
     running: Tensor
     converged: Tensor
 
-    def take(self, index: Tensor) -> _State:
-        return _State(*(tensor[..., index] for tensor in self))
+    def take(self, index: Tensor) -> State:
+        return State(*(tensor[..., index] for tensor in self))
 
 
 def solve(problem: Problem) -> Solution:
@@ -46,8 +46,7 @@ def solve(problem: Problem) -> Solution:
     dictionary = build_dictionary(kernel, settings.dictionary, settings.starts, settings.seed)
     starts = find_starts(kernel, problem.voxels, dictionary)
     n_starts, n_parameters, n_voxels = starts.shape
-    runner = _Runner(problem, starts.permute(1, 0, 2).reshape(n_parameters, -1))
-    end = runner.run()
+    end = minimise(problem, starts.permute(1, 0, 2).reshape(n_parameters, -1))
     cost = end.cost.reshape(n_starts, n_voxels)
     ends = end.position.reshape(n_parameters, n_starts, n_voxels).transpose(0, 1)
     winner = cost.argmin(0)
@@ -60,6 +59,19 @@ def solve(problem: Problem) -> Solution:
         ends=ends,
         end_costs=cost,
     )
+
+
+def minimise(problem: Problem, starts: Tensor) -> State:
+    """Return the end state of Levenberg-Marquardt from given starts.
+
+    Parameters
+    ----------
+    problem
+        Its voxels are fitted, over and over when there are more starts than voxels.
+    starts
+        (parameters, starts) in solver coordinates; start i belongs to voxel i modulo their number.
+    """
+    return _Runner(problem, starts).run()
 
 
 class _Runner:
@@ -85,7 +97,7 @@ class _Runner:
         self.end = _empty_state(problem.kernel, self.n_items)
         self.n_done = 0
 
-    def run(self) -> _State:
+    def run(self) -> State:
         """Return the end state of all items."""
         step = get_step(self.problem.kernel, self.problem.settings)
         while True:
@@ -100,7 +112,7 @@ class _Runner:
                         return self.end
                     if not self.fixed:
                         self._shrink(n_running)
-            self.state = _State(*step(self.state, self.lanes))
+            self.state = State(*step(self.state, self.lanes))
 
     def _flush(self, idle: Tensor) -> None:
         """Store the lanes that have finished."""
@@ -143,10 +155,10 @@ class _Runner:
             self.lanes = self.lanes.take(index)
 
 
-def _empty_state(kernel: Kernel, lanes: int) -> _State:
+def _empty_state(kernel: Kernel, lanes: int) -> State:
     n = len(kernel.model.parameters)
     real = {"dtype": kernel.dtype, "device": kernel.device}
-    return _State(
+    return State(
         position=0.5 * torch.ones(n, lanes, **real),  # type: ignore[call-overload]
         cost=torch.full((lanes,), torch.inf, **real),  # type: ignore[call-overload]
         gradient=torch.zeros(n, lanes, **real),  # type: ignore[call-overload]
@@ -170,7 +182,7 @@ class LmStep:
         # Costs below this are rounding errors of data that are normalised to about one.
         self.noise_floor = torch.finfo(kernel.dtype).eps ** 2
 
-    def __call__(self, state: _State, voxels: Voxels) -> tuple[Tensor, ...]:
+    def __call__(self, state: State, voxels: Voxels) -> tuple[Tensor, ...]:
         """Return the next state; lanes that do not run keep theirs."""
         kernel, settings = self.kernel, self.settings
         step = self._bounded_step(state)
@@ -212,7 +224,7 @@ class LmStep:
             state.converged | converged,
         )
 
-    def _bounded_step(self, state: _State) -> Tensor:
+    def _bounded_step(self, state: State) -> Tensor:
         """Solve the damped normal equations within the bounds by an active set.
 
         Parameters at a bound that the gradient pushes outward are held. Parameters whose step

@@ -1,0 +1,112 @@
+"""Acquisitions and random voxels that several engine tests use."""
+
+import json
+
+import numpy as np
+import torch
+
+from bids_gacelle.engine import (
+    DiffusionScheme,
+    GradientEchoScheme,
+    Parameter,
+    SignalModel,
+    get_model,
+)
+
+# Shells of a published NEXI protocol: b in ms/um^2 at three diffusion times in ms.
+_SHELLS = [2.3, 3.5, 4.8, 6.5]
+NEXI_B = [*_SHELLS, *_SHELLS, 11.3, *_SHELLS, 11.3, 17.3]
+NEXI_DELTA = [13.0] * 4 + [21.0] * 5 + [30.0] * 6
+
+
+def make_model(name, **options):
+    schemes = {
+        "r2star": GradientEchoScheme(echo_time=np.arange(1, 9) * 4e-3),
+        "despot1": GradientEchoScheme(flip_angle=[3, 8, 14, 20, 28], repetition_time=0.02),
+        "mcmicro": DiffusionScheme(b=[0.3, 0.7, 1.0, 2.0, 3.0, 5.0]),
+        "nexi": DiffusionScheme(b=NEXI_B, big_delta=NEXI_DELTA),
+    }
+    return get_model(name)(schemes[name], **options)
+
+
+ALL_MODELS = [
+    ("r2star", {}),
+    ("despot1", {}),
+    ("mcmicro", {}),
+    ("nexi", {}),
+    ("nexi", {"l_max": 2}),
+]
+
+
+def draw(model, n, seed, *, within="start"):
+    """Draw parameters from the start boxes or the bounds, with exact edges among the latter."""
+    rng = np.random.default_rng(seed)
+    params = {}
+    for p in model.parameters:
+        low, high = (0.5, 2.0) if p.amplitude else getattr(p, within)
+        unit = rng.random(n)
+        if within == "bounds":
+            unit = np.clip(1.3 * unit - 0.15, 0, 1)
+        params[p.name] = torch.tensor(low + (high - low) * unit)
+    return params
+
+
+def draw_inputs(model, n, seed):
+    rng = np.random.default_rng(seed)
+    return {name: torch.tensor(rng.uniform(0.7, 1.3, n)) for name in model.voxel_inputs}
+
+
+def noisy(model, params, sd, seed, inputs=None):
+    """Return data (measurements, voxels) with Gaussian noise; sd a number or (voxels,)."""
+    signal = model.signal(params, inputs).numpy()
+    return signal + np.random.default_rng(seed).normal(size=signal.shape) * sd
+
+
+def read(shared, name):
+    return json.loads((shared / "reference" / f"{name}.json").read_text())
+
+
+class Line(SignalModel):
+    """S = offset + log(factor) t: linear in the solver's coordinates, so all is closed form.
+
+    Written as a user would, without Jacobian or guess.
+    """
+
+    name = "line"
+    title = "Line"
+    description = "A straight line."
+    kind = "megre"
+    datatype = "anat"
+    required = ("echo_time",)
+    parameters = (
+        Parameter("offset", "1", "Offset", bounds=(-10.0, 10.0), start=(-1.0, 1.0)),
+        Parameter("factor", "1", "Factor", bounds=(0.05, 20.0), start=(0.5, 2.0), coordinate="log"),
+    )
+    derived = (Parameter("product", "1", "offset x factor"),)
+
+    def signal(self, params, inputs=None):
+        time = self.table("time", self.scheme.echo_time, params["offset"])
+        return params["offset"] + torch.log(params["factor"]) * time
+
+    def derive(self, params):
+        return {"product": params["offset"] * params["factor"]}
+
+    @classmethod
+    def of(cls, times):
+        return cls(GradientEchoScheme(echo_time=times))
+
+
+class Square(Line):
+    """S = offset^2 + t: two equal minima at +-offset."""
+
+    name = "square"
+    starts = 4
+    parameters = (Parameter("offset", "1", "Offset", bounds=(-3.0, 3.0), start=(-2.0, 2.0)),)
+    derived = ()
+
+    def signal(self, params, inputs=None):
+        time = self.table("time", self.scheme.echo_time, params["offset"])
+        return params["offset"] ** 2 + time
+
+    def derive(self, params):
+        return {}

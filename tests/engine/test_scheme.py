@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+
+from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme
+
+
+def test_single_values_stand_for_all_measurements():
+    scheme = GradientEchoScheme(flip_angle=[5, 20, 40], repetition_time=0.02)
+    assert len(scheme) == 3
+    np.testing.assert_array_equal(scheme.repetition_time, [0.02, 0.02, 0.02])
+    assert scheme.echo_time is None
+
+
+def test_columns_are_read_only():
+    scheme = DiffusionScheme(b=[1.0, 2.0])
+    with pytest.raises(ValueError, match="read-only"):
+        scheme.b[0] = 3
+
+
+def test_repr_makes_an_equal_scheme():
+    scheme = DiffusionScheme(b=[1.0, 2.0], big_delta=30.0, small_delta=6.0, n_directions=32)
+    again = eval(repr(scheme), {"DiffusionScheme": DiffusionScheme})
+    for name, column in scheme.columns().items():
+        np.testing.assert_array_equal(column, again.columns()[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"b": [1.0, 0.0]}, r"b holds 0\.0.*ms/um"),
+        ({"b": [1.0, np.nan]}, "b holds nan"),
+        ({"b": [1.0, 2.0], "big_delta": [1.0, 2.0, 3.0]}, "b has 2, big_delta has 3"),
+        ({"b": [1.0], "big_delta": [5.0], "small_delta": [6.0]}, "cannot outlast"),
+        ({"b": [[1.0], [2.0]]}, "list of numbers"),
+    ],
+)
+def test_impossible_diffusion_schemes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionScheme(**arguments)
+
+
+def test_empty_gradient_echo_scheme_is_refused():
+    with pytest.raises(ValueError, match="at least one of echo_time"):
+        GradientEchoScheme()
