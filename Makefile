@@ -51,8 +51,8 @@ $(INSTALLED): $(VENV)/torch-$(TORCH) pyproject.toml
 
 demo: $(INSTALLED)
 	rm -rf $(DEMO)
-	$(BIN)/bids-gacelle-phantom $(DEMO)/bids
-	$(BIN)/bids-gacelle $(DEMO)/bids $(DEMO)/derivatives participant --models $(MODELS) \
+	$(BIN)/bids-gacelle-phantom $(DEMO)/bids --subjects 1
+	$(BIN)/bids-gacelle $(DEMO)/bids $(DEMO)/derivatives participant --models $(MODELS) --combine-dwi \
 	  --derivatives truth=$(DEMO)/bids/derivatives/truth --work-dir $(DEMO)/work
 	@echo; for report in $(DEMO)/derivatives/sub-*.html; do echo "Report: $(CURDIR)/$$report"; done
 

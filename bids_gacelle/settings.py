@@ -128,7 +128,11 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return Path(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and (hint is bool) == isinstance(value, bool)
+    ):
         return value
     wanted = getattr(hint, "__name__", str(hint))
     raise InputError(f"Setting '{name}' should be of type {wanted}, but is {value!r}.")

@@ -115,9 +115,7 @@ def dwi(shared, out, *words):
 def test_mcmicro_on_one_run(shared, tmp_path):
     filters = tmp_path / "filters.json"
     filters.write_text(json.dumps({"dwi": {"acquisition": "b2k"}}))
-    out = dwi(
-        shared, tmp_path / "out", "--models", "mcmicro", "--bids-filter-file", filters
-    )
+    out = dwi(shared, tmp_path / "out", "--models", "mcmicro", "--bids-filter-file", filters)
     fn = values(out / "sub-01/dwi/sub-01_acq-b2k_model-mcmicro_param-fn_dwimap.nii.gz")
     mask = values(out / "sub-01/dwi/sub-01_acq-b2k_desc-mcmicro_mask.nii.gz") > 0
     assert mask.sum() > 8000
@@ -134,9 +132,7 @@ def test_nexi_with_both_runs(shared, tmp_path):
     assert sorted(set(sidecar["BigDelta"])) == [0.0265, 0.042]
     assert sorted(set(sidecar["SmallDelta"])) == [0.0162, 0.0317]
     assert len(sidecar["BValues"]) == 10
-    manifest = json.loads(
-        (out / "sub-01/figures/sub-01_desc-nexi_manifest.json").read_text()
-    )
+    manifest = json.loads((out / "sub-01/figures/sub-01_desc-nexi_manifest.json").read_text())
     sources = {a["name"]: " ".join(a["sources"]) for a in manifest["acquisition"]}
     assert "LargeDelta" in sources["Delta"]
     flags = values(dwi_dir / "sub-01_desc-nexifitflag_dseg.nii.gz").astype(int)

@@ -37,7 +37,9 @@ def init_participants_wf(
     """
     workflow = pe.Workflow(name="bids_gacelle", base_dir=run["work_dir"])
     for (subject, session), group in groupby(jobs, lambda j: (j.series.subject, j.series.session)):
-        name = _node_name("sub", subject, "ses", session) if session else _node_name("sub", subject)
+        name = (
+            _node_name("sub", subject, "ses", session) if session else _node_name("sub", subject)
+        )
         session_wf = init_session_wf(settings, list(group), run, memory_gb, name=name + "_wf")
         crashes = Path(run["log_dir"]) / f"sub-{subject}"
         for node in session_wf._get_all_nodes():
@@ -72,11 +74,15 @@ def init_series_wf(
 
     inputnode = pe.Node(niu.IdentityInterface(list(common)), name="inputnode")
     inputnode.inputs.trait_set(**common)
-    outputnode = pe.Node(niu.IdentityInterface([f"outputs_{m}" for m in models]), name="outputnode")
+    outputnode = pe.Node(
+        niu.IdentityInterface([f"outputs_{m}" for m in models]), name="outputnode"
+    )
 
     collect = pe.Node(Collect(), name="collect", mem_gb=mem_gb)
     mask = pe.Node(MakeMask(), name="mask", mem_gb=0.5)
-    prepare = pe.Node(PrepareSignals(l_max=_l_max(settings, models)), name="prepare", mem_gb=mem_gb)
+    prepare = pe.Node(
+        PrepareSignals(l_max=_l_max(settings, models)), name="prepare", mem_gb=mem_gb
+    )
     for node in (collect, mask, prepare):
         workflow.connect([(inputnode, node, [(k, k) for k in common])])
     workflow.connect([

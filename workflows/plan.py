@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from bids_gacelle.workflows.base import series_key
+
 from bids_gacelle.bids.discovery import Options, discover
 from bids_gacelle.bids.images import review_images
+from bids_gacelle.bids.queries import load_filter_file
 from bids_gacelle.bids.series import Finding, Job, Plan
-from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.models import check_options, needs_of, select_models
 from bids_gacelle.settings import Settings
-from bids_gacelle.workflows.base import series_key
 
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
 
@@ -32,7 +32,7 @@ def make_plan(settings: Settings) -> Plan:
     options = Options(
         participant_labels=settings.participant_label,
         session_labels=settings.session_label,
-        filters=_filters(settings),
+        filters=load_filter_file(settings.bids_filter_file) if settings.bids_filter_file else {},
         derivatives=settings.derivatives,
         mask=settings.mask,
         atlases=settings.atlas,
@@ -47,7 +47,9 @@ def make_plan(settings: Settings) -> Plan:
     )
     plan = discover(settings.bids_dir, [needs_of(m) for m in models], options)
     # Nodes of one series share its images, so its jobs stand together.
-    jobs = sorted(plan.jobs, key=lambda j: (j.series.subject, j.series.session, series_key(j.series)))
+    jobs = sorted(
+        plan.jobs, key=lambda j: (j.series.subject, j.series.session, series_key(j.series))
+    )
     return replace(plan, jobs=tuple(jobs))
 
 
@@ -102,16 +104,3 @@ def say(findings: Iterable[Finding], log: Any) -> None:
     order = list(LEVELS)
     for finding in sorted(dict.fromkeys(findings), key=lambda f: order.index(f.severity)):
         log.log(LEVELS[finding.severity], finding.message)
-
-
-def _filters(settings: Settings) -> dict[str, Any]:
-    path = settings.bids_filter_file
-    if path is None:
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"The filter file {path} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"The filter file {path} must hold one JSON object.")
-    return content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -12,10 +13,14 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
-import numpy as np
+from bids_gacelle.workflows.base import init_participants_wf, series_key
+from bids_gacelle.workflows.outcome import outcomes, summary
+from bids_gacelle.workflows.plan import check_plan, eligible, make_plan, say, table
+from bids_gacelle.workflows.plugin import GuardedMultiProcPlugin
+from nibabel.spatialimages import SpatialImage
 
 from bids_gacelle import __version__
 from bids_gacelle.bids import names
@@ -30,10 +35,6 @@ from bids_gacelle.interfaces.models import resolve_device
 from bids_gacelle.interfaces.provenance import fit_hash
 from bids_gacelle.interfaces.report import reported_subjects, write_report
 from bids_gacelle.settings import Settings
-from bids_gacelle.workflows.base import init_participants_wf, series_key
-from bids_gacelle.workflows.outcome import outcomes, summary
-from bids_gacelle.workflows.plan import check_plan, eligible, make_plan, say, table
-from bids_gacelle.workflows.plugin import GuardedMultiProcPlugin
 
 OK, FAILED, NOTHING = 0, 1, 3
 
@@ -102,9 +103,7 @@ def participant(settings: Settings, command: Sequence[str], level: int) -> int:
             shutil.rmtree(run["work_dir"], ignore_errors=True)
 
 
-def _start(
-    settings: Settings, plan: Plan, command: Sequence[str], level: int
-) -> dict[str, Any]:
+def _start(settings: Settings, plan: Plan, command: Sequence[str], level: int) -> dict[str, Any]:
     """Make the folders of the run, open its log, and set up the output dataset."""
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}"
     out = settings.output_dir
@@ -159,9 +158,7 @@ def _execute(settings: Settings, jobs: Sequence[Job], run: dict[str, Any]) -> No
         "poll_sleep_duration": 0.2,
     }
     plugin, arguments = _plugin(settings, run)
-    LOGGER.info(
-        "Fitting %d model%s, %s", len(jobs), "s" * (len(jobs) > 1), _largest(memory)
-    )
+    LOGGER.info("Fitting %d model%s, %s", len(jobs), "s" * (len(jobs) > 1), _largest(memory))
     try:
         workflow.run(plugin=plugin, plugin_args=arguments)
     except Exception as error:
@@ -211,7 +208,9 @@ def _finish(
         try:
             pages.append(write_report(settings.output_dir, subject))
         except Exception as error:  # a page that cannot be drawn must not cost the maps
-            LOGGER.error("The report of sub-%s could not be made: %s", subject, error, exc_info=True)
+            LOGGER.error(
+                "The report of sub-%s could not be made: %s", subject, error, exc_info=True
+            )
             status.append({"subject": subject, "status": "failed", "reason": f"report: {error}"})
     failed = [s for s in status if s["status"] == "failed"]
     _tidy_crashes(run, failed)
@@ -249,10 +248,9 @@ def _unchanged(settings: Settings, job: Job) -> bool:
     manifest = json.loads(path.read_text())
     files = [entry[key] for entry in manifest["maps"] for key in ("file", "std")]
     files += [manifest["nrmse"], manifest["flags"], manifest["mask"]["file"], *manifest["tables"]]
-    return (
-        manifest["fit_hash"] == fit_hash(job.series, job.model, settings)
-        and not missing_outputs(settings.output_dir, files)
-    )
+    return manifest["fit_hash"] == fit_hash(
+        job.series, job.model, settings
+    ) and not missing_outputs(settings.output_dir, files)
 
 
 def _warnings(plan: Plan) -> dict[str, list[str]]:
@@ -264,7 +262,12 @@ def _warnings(plan: Plan) -> dict[str, list[str]]:
             same = (finding.subject, finding.session) == (series.subject, series.session)
             about = finding.model in ("", job.model) and finding.severity == "warning"
             listed = found.setdefault(series_key(series), [])
-            if same and about and _concerns(finding.file, series) and finding.message not in listed:
+            if (
+                same
+                and about
+                and _concerns(finding.file, series)
+                and finding.message not in listed
+            ):
                 listed.append(finding.message)
     return found
 
@@ -277,7 +280,8 @@ def _concerns(file: str, series: Series) -> bool:
 def _memory_gb(series: Series) -> float:
     """Estimated memory of reading and fitting a series: its volumes, three times, and torch."""
     images = series.images or tuple(run.image for run in series.dwi_runs)
-    voxels = sum(int(np.prod(nib.load(image).shape)) for image in dict.fromkeys(images))
+    shapes = [cast(SpatialImage, nib.load(image)).shape for image in dict.fromkeys(images)]
+    voxels = sum(math.prod(shape) for shape in shapes)
     return 3 * 4 * voxels / 1e9 + 0.5
 
 

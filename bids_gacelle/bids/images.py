@@ -24,6 +24,15 @@ _TOLERANCE = 0.1  # voxel edges by which a corner of the volume may be off
 _USUAL_B1 = (0.3, 2.0)  # median of a relative B1 map over its positive values
 _UNREADABLE = (EOFError, ImageFileError, HeaderDataError, OSError, ValueError, zlib.error)
 
+# A mask often comes from a tool that rounds or rewrites the affine of the image it was drawn on:
+# with the same shape and corners this many voxels apart, voxel for voxel is what was meant.
+_MASK_TOLERANCE = 2.0
+_ROUNDED = (
+    "the affine of the mask `{path}` puts a corner of the volume {apart:.2g} voxels from where the "
+    "images have it; the shapes agree, so the mask is taken voxel for voxel. Look at it in the "
+    "report."
+)
+
 
 def check_images(job: Job) -> list[Finding]:
     """Return the findings of `review_images`; errors make the job ineligible."""
@@ -88,7 +97,9 @@ def _checked_mask(
         for path in map(Path, mask.images):
             image = _open(path)
             _require_3d(image)
-            _require_same_grid(image, reference)
+            apart = _require_same_grid(image, reference, _MASK_TOLERANCE)
+            if apart > _TOLERANCE:
+                report("warning", MetadataError(_ROUNDED.format(path=path, apart=apart), path))
     except MetadataError as problem:
         if mask.origin == "option":
             raise
@@ -239,8 +250,13 @@ def _require_volumes(image: SpatialImage, n: int, bval: str) -> None:
         )
 
 
-def _require_same_grid(image: SpatialImage, reference: SpatialImage) -> None:
-    """Refuse another shape, or an affine that moves a corner of the volume visibly."""
+def _require_same_grid(
+    image: SpatialImage, reference: SpatialImage, tolerance: float = _TOLERANCE
+) -> float:
+    """Refuse another shape, or an affine that moves a corner of the volume visibly.
+
+    ``tolerance`` is in voxels; returns how far the corners are apart, in voxels.
+    """
     path, other = _path(image), _path(reference).name
     if image.shape[:3] != reference.shape[:3]:
         raise MetadataError(
@@ -250,12 +266,14 @@ def _require_same_grid(image: SpatialImage, reference: SpatialImage) -> None:
         )
     corners = np.array([[*c, 1] for c in product(*((0, n - 1) for n in image.shape[:3]))])
     shift = np.linalg.norm((corners @ (image.affine - reference.affine).T)[:, :3], axis=1).max()
-    if shift > _TOLERANCE * _smallest_edge(reference.affine):
+    apart = float(shift) / _smallest_edge(reference.affine)
+    if apart > tolerance:
         raise MetadataError(
             f"`{path}` is not on the grid of `{other}`: their affines put a corner "
             f"of the volume {shift:.3g} mm apart.",
             path,
         )
+    return apart
 
 
 def _smallest_edge(affine: npt.NDArray[np.floating]) -> float:

@@ -138,23 +138,28 @@ class Plan:
 
 def to_json(value: Any) -> Any:
     """A dataclass of this module (or a list of them) as JSON-ready data."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value if value is None else dataclasses.asdict(value)
 
 
 def series_from_json(data: dict[str, Any]) -> Series:
     """The inverse of ``to_json`` for a Series."""
-    sourced = lambda d: None if d is None else Sourced(tuple(d["values"]), d["unit"], tuple(d["sources"]))  # noqa: E731
-    timing = ("small_delta", "big_delta", "echo_time")
-    data = dict(data)
+    fields = dict(data)
     for name in ("echo_time", "flip_angle", "repetition_time"):
-        data[name] = sourced(data[name])
-    data["images"] = tuple(data["images"])
-    data["dwi_runs"] = tuple(
-        DwiRun(**{k: sourced(v) if k in timing else v for k, v in run.items()}) for run in data["dwi_runs"]
-    )
-    data["b1_map"] = None if data["b1_map"] is None else B1Map(**data["b1_map"])
-    data["mask"] = Mask(data["mask"]["origin"], tuple(data["mask"]["images"]))
-    data["atlases"] = tuple(Atlas(**a) for a in data["atlases"])
-    return Series(**data)
+        fields[name] = _sourced(fields[name])
+    fields["images"] = tuple(fields["images"])
+    fields["dwi_runs"] = tuple(_dwi_run(run) for run in fields["dwi_runs"])
+    fields["b1_map"] = None if fields["b1_map"] is None else B1Map(**fields["b1_map"])
+    fields["mask"] = Mask(fields["mask"]["origin"], tuple(fields["mask"]["images"]))
+    fields["atlases"] = tuple(Atlas(**atlas) for atlas in fields["atlases"])
+    return Series(**fields)
+
+
+def _sourced(data: dict[str, Any] | None) -> Sourced | None:
+    return data and Sourced(tuple(data["values"]), data["unit"], tuple(data["sources"]))
+
+
+def _dwi_run(data: dict[str, Any]) -> DwiRun:
+    timing = {k: _sourced(data[k]) for k in ("small_delta", "big_delta", "echo_time")}
+    return DwiRun(**{**data, **timing})

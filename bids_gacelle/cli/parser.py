@@ -212,7 +212,11 @@ def _resources(parser: argparse.ArgumentParser) -> None:
         "--omp-nthreads", type=argtypes.positive_int, metavar="N", help="cores per fit"
     )
     group.add_argument(
-        "--mem", "--mem-gb", type=argtypes.gigabytes, metavar="GB", help="memory in all, 8G or 8000M"
+        "--mem",
+        "--mem-gb",
+        type=argtypes.gigabytes,
+        metavar="GB",
+        help="memory in all, 8G or 8000M",
     )
     group.add_argument(
         "--use-plugin",
@@ -277,7 +281,9 @@ def settings_from(namespace: argparse.Namespace) -> Settings:
     InputError
         A value is wrong in the config file, or a name was given twice.
     """
-    given = {k: v for k, v in vars(namespace).items() if k not in (*FLAGS_WITHOUT_SETTING, "accepted")}
+    given = {
+        k: v for k, v in vars(namespace).items() if k not in (*FLAGS_WITHOUT_SETTING, "accepted")
+    }
     for name in ("participant_label", "session_label", "models"):
         if name in given:
             given[name] = list(dict.fromkeys(x for part in given[name] for x in part))
@@ -302,7 +308,9 @@ def settings_from(namespace: argparse.Namespace) -> Settings:
 def available_cores() -> int:
     """Cores this process may use: SLURM's allotment, else the affinity mask and cgroup quota."""
     slurm = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     if slurm.isdigit() and int(slurm) > 0:
         return min(cores, int(slurm))
     try:  # cgroup v2, then v1
@@ -324,5 +332,7 @@ def _unique(option: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         flag = "--" + option.replace("_", "-")
-        raise InputError(f"{flag}: the name '{twice[0]}' is given twice; name each one differently.")
+        raise InputError(
+            f"{flag}: the name '{twice[0]}' is given twice; name each one differently."
+        )
     return dict(pairs)

@@ -104,8 +104,8 @@ def fit(
 
     Notes
     -----
-    A voxel is unusable (flag 4) when a measurement is not finite, the first is not positive
-    (first echo, flip angle or shell), or its sigma or a voxel input is not a positive number.
+    A voxel is unusable (flag 4) when a measurement is not finite, all are zero, the first (echo,
+    flip angle or shell) is not positive, or its sigma or a voxel input is not a positive number.
     Single non-positive values elsewhere are noise and are fitted.
     """
     began = time.perf_counter()

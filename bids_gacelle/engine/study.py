@@ -119,12 +119,13 @@ class Study:
     def block(self, start: int, stop: int, device: torch.device, model: SignalModel) -> Block:
         """Return the usable voxels from `start` to `stop` of the mask, normalised.
 
-        A voxel is unusable when a measurement is not finite, the first is not positive, or its
-        sigma or a voxel input is not a positive number.
+        The rule for unusable voxels is in the notes of `fit`.
         """
         index = self.index[start:stop]
         data = self._data[:, index].astype(np.float64)
-        usable = np.isfinite(data).all(0) & (data[0] > 0)
+        usable = np.isfinite(data).all(0) & (data != 0).any(0)
+        if not model.signed:
+            usable &= data[0] > 0
         inputs = {name: value[index].astype(np.float64) for name, value in self.inputs.items()}
         for value in inputs.values():
             usable &= np.isfinite(value) & (value > 0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import SpatialImage
 from nipype.interfaces.base import TraitedSpec, traits
 
+from bids_gacelle.bids.gradients import read_gradients
 from bids_gacelle.bids.series import Series, series_from_json
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
@@ -35,7 +37,9 @@ class Collect(Step):
         image = loaded[0][0]
         volumes = _stacked([data for _, data in loaded])
         label, compared = _anatomy(series, volumes, settings.b0_threshold)
-        nib.save(nib.Nifti1Image(compared[0], image.affine, image.header), cwd / "reference.nii.gz")
+        nib.save(
+            nib.Nifti1Image(compared[0], image.affine, image.header), cwd / "reference.nii.gz"
+        )
         np.save(cwd / "volumes.npy", volumes)
         zooms = nib.affines.voxel_sizes(image.affine)
         moved = [m for m in displacement(compared, zooms) if m.warning]
@@ -69,7 +73,7 @@ class MakeMask(Step):
     def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
         """Intersect the given masks, or make a quick one, and drop voxels without signal."""
         series = series_from_json(self.inputs.series)
-        reference = nib.load(self.inputs.collected["reference"])
+        reference = reference_image(self.inputs.collected)
         signal = np.asarray(reference.dataobj, dtype=np.float32)
         if series.mask.images:
             mask = np.logical_and.reduce([load_mask(p, reference) for p in series.mask.images])
@@ -94,6 +98,11 @@ class MakeMask(Step):
         }
 
 
+def reference_image(collected: dict[str, Any]) -> SpatialImage:
+    """The image that gives the grid of a series and shows its anatomy."""
+    return cast(SpatialImage, nib.load(collected["reference"]))
+
+
 def _stacked(images: list[np.ndarray]) -> np.ndarray:
     """Volumes of all images one after the other, (n, x, y, z)."""
     parts = [np.moveaxis(d, 3, 0) if d.ndim == 4 else d[None] for d in images]
@@ -105,7 +114,7 @@ def _anatomy(
 ) -> tuple[str, list[np.ndarray]]:
     """Images that must show the same anatomy at the same place; the first one is the reference."""
     if series.kind == "dwi":
-        bvals = [np.loadtxt(run.bval).ravel() for run in series.dwi_runs]
+        bvals = [read_gradients(run.bval, run.bvec)[0] for run in series.dwi_runs]
         parts = np.split(volumes, np.cumsum([len(b) for b in bvals])[:-1])
         means = [v[b <= b0_threshold].mean(0) for v, b in zip(parts, bvals, strict=True)]
         return "mean b0", means

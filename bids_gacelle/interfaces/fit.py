@@ -59,13 +59,10 @@ class FitModel(Step):
         except ValueError as error:
             raise InputError(f"{title}: {error}") from error
         _log_outcome(title, result)
-        np.savez(
-            cwd / "fit.npz",
-            flags=result.flags,
-            nrmse=result.nrmse,
-            **{f"map_{k}": v for k, v in result.maps.items()},
-            **{f"std_{k}": v for k, v in result.std.items()},
-        )
+        arrays: dict[str, Any] = {"flags": result.flags, "nrmse": result.nrmse}
+        arrays |= {f"map_{k}": v for k, v in result.maps.items()}
+        arrays |= {f"std_{k}": v for k, v in result.std.items()}
+        np.savez(cwd / "fit.npz", **arrays)
         inputs = {k: np.load(v) for k, v in prepared["inputs"].items()}
         mask = np.load(self.inputs.mask["file"])
         return {

@@ -32,9 +32,7 @@ def select_models(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(names) or tuple(known)
 
 
-def split_options(
-    model: str, options: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(model: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the model's constructor, and options of `engine.fit`.
 
     Raises
@@ -77,8 +75,9 @@ def describe_models() -> str:
     for name in list_models():
         model = get_model(name)
         parameters = ", ".join(f"{p.name} [{p.unit}]" for p in (*model.parameters, *model.derived))
-        needs = f"{model.kind}, at least {model.minimum_measurements} " + (
-            {"megre": "echoes", "vfa": "flip angles", "dwi": "shells"}[model.kind]
+        needs = (
+            f"{model.kind}, at least {model.minimum_measurements} "
+            + ({"megre": "echoes", "vfa": "flip angles", "dwi": "shells"}[model.kind])
         )
         if model.needs_diffusion_times:
             needs += " with known pulse duration and separation"

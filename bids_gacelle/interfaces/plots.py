@@ -26,7 +26,11 @@ def plot_axes(model: Any) -> dict[str, Any]:
     labels = [f"S{2 * k} {g}".strip() if k else g for k in range(orders) for g in shells]
     return {
         "x": np.tile(scheme.columns()[name] * per_unit, orders).tolist(),
-        "x_label": {"megre": "Echo time (ms)", "vfa": "Flip angle (degrees)", "dwi": "b (ms/um^2)"}[model.kind],
+        "x_label": {
+            "megre": "Echo time (ms)",
+            "vfa": "Flip angle (degrees)",
+            "dwi": "b (ms/um^2)",
+        }[model.kind],
         "y_label": "Signal relative to b = 0" if model.kind == "dwi" else "Signal",
         "groups": labels,
     }
@@ -108,6 +112,9 @@ def _dense(model: Any, members: list[int]) -> tuple[Any, np.ndarray, slice]:
     name, per_unit = ABSCISSA[model.kind]
     measured = scheme.columns()[name]
     top = 1.05 * max(measured[i % len(scheme)] for i in members)
-    columns[name] = np.linspace(top / (20 * n), top, n)
-    x = columns[name] * per_unit
-    return type(scheme)(**columns), x, slice(order * n, (order + 1) * n)
+    dense = np.linspace(top / (20 * n), top, n)
+    return (
+        type(scheme)(**{**columns, name: dense}),
+        dense * per_unit,
+        slice(order * n, (order + 1) * n),
+    )

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import TraitedSpec, traits
 
-from bids_gacelle.bids.series import DwiRun, Series, Sourced, series_from_json
+from bids_gacelle.bids.gradients import read_gradients
+from bids_gacelle.bids.series import Series, Sourced, series_from_json
 from bids_gacelle.engine import DiffusionScheme, DwiVolumes, GradientEchoScheme, prepare_dwi
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
+from bids_gacelle.interfaces.collect import reference_image
 from bids_gacelle.settings import Settings
-from bids_gacelle.spatial.grids import resample_to
+from bids_gacelle.spatial.grids import load_volumes, resample_to
 
 SCHEMES = {"GradientEchoScheme": GradientEchoScheme, "DiffusionScheme": DiffusionScheme}
 
@@ -42,6 +43,7 @@ class PrepareSignals(Step):
         volumes = np.load(self.inputs.collected["volumes"], mmap_mode="r")
         signals = volumes[:, mask]
         prepared: dict[str, Any] = {"sigma": "", "inputs": {}, "warnings": []}
+        scheme: GradientEchoScheme | DiffusionScheme
         if series.kind == "dwi":
             try:
                 result = prepare_dwi(
@@ -56,7 +58,7 @@ class PrepareSignals(Step):
         else:
             scheme = _gradient_echo_scheme(series)
         if series.b1_map is not None:
-            reference = nib.load(self.inputs.collected["reference"])
+            reference = reference_image(self.inputs.collected)
             prepared["inputs"]["b1"] = _save(cwd / "b1.npy", _b1(series, reference)[mask])
         for warning in prepared["warnings"]:
             LOGGER.warning("sub-%s %s: %s", series.subject, series.label, warning)
@@ -67,7 +69,9 @@ class PrepareSignals(Step):
 
 def scheme_to_json(scheme: GradientEchoScheme | DiffusionScheme) -> dict[str, Any]:
     """An acquisition scheme as JSON data, with the name of its class."""
-    fields = {k: None if v is None else np.asarray(v).tolist() for k, v in scheme.columns().items()}
+    fields = {
+        k: None if v is None else np.asarray(v).tolist() for k, v in scheme.columns().items()
+    }
     return {"type": type(scheme).__name__, **fields}
 
 
@@ -91,20 +95,14 @@ def _gradient_echo_scheme(series: Series) -> GradientEchoScheme:
 def _dwi_volumes(series: Series, signals: np.ndarray) -> list[DwiVolumes]:
     runs, start = [], 0
     for run in series.dwi_runs:
-        bval = np.loadtxt(run.bval, ndmin=1).ravel()
-        part = signals[start : start + len(bval)]
-        start += len(bval)
+        bval, bvec = read_gradients(run.bval, run.bvec)
         timing = {
             name: _per_volume(getattr(run, name), len(bval))
             for name in ("big_delta", "small_delta", "echo_time")
         }
-        runs.append(DwiVolumes(part, bval, _directions(run, len(bval)), **timing))
+        runs.append(DwiVolumes(signals[start : start + len(bval)], bval, bvec, **timing))
+        start += len(bval)
     return runs
-
-
-def _directions(run: DwiRun, n: int) -> np.ndarray:
-    bvec = np.loadtxt(run.bvec, ndmin=2)
-    return bvec if bvec.shape == (n, 3) and n != 3 else bvec.T
 
 
 def _per_volume(value: Sourced | None, n: int) -> np.ndarray | None:
@@ -114,7 +112,8 @@ def _per_volume(value: Sourced | None, n: int) -> np.ndarray | None:
 def _b1(series: Series, reference: Any) -> np.ndarray:
     """Relative transmit field on the grid of the series, 1 where the map has no value."""
     assert series.b1_map is not None
-    resampled = resample_to(nib.load(series.b1_map.image), reference, order=1)
+    [(image, _)] = load_volumes([series.b1_map.image])
+    resampled = resample_to(image, reference, order=1)
     b1 = np.asarray(resampled.dataobj, dtype=np.float32) * series.b1_map.factor
     return np.where(np.isfinite(b1) & (b1 > 0), b1, np.float32(1))
 

@@ -65,7 +65,11 @@ def fit_hash(series: Series, model: str, settings: Settings) -> str:
 
 def sources(series: Series, datasets: dict[str, str]) -> list[str]:
     """BIDS URIs of the images the maps were computed from."""
-    return [uri for _, uri, _ in listed_inputs(series, datasets) if not uri.endswith((".bval", ".bvec"))]
+    return [
+        uri
+        for _, uri, _ in listed_inputs(series, datasets)
+        if not uri.endswith((".bval", ".bvec"))
+    ]
 
 
 def listed_inputs(series: Series, datasets: dict[str, str]) -> list[tuple[str, str, str]]:

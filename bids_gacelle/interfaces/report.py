@@ -22,7 +22,9 @@ def reported_subjects(out_dir: Path) -> list[str]:
 def write_report(out_dir: Path, subject: str) -> Path:
     """Build ``sub-<subject>.html`` from the manifests and the latest run of the subject."""
     folder = out_dir / f"sub-{subject}"
-    paths = sorted([*folder.glob("figures/*_manifest.json"), *folder.glob("ses-*/figures/*_manifest.json")])
+    paths = sorted(
+        [*folder.glob("figures/*_manifest.json"), *folder.glob("ses-*/figures/*_manifest.json")]
+    )
     manifests = [json.loads(path.read_text()) for path in paths]
     status, run = _latest(out_dir, subject)
     return build_subject_report(out_dir, subject, manifests, status, run)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import TraitedSpec, traits
 
@@ -15,6 +14,7 @@ from bids_gacelle.bids.output import write_json, write_tsv
 from bids_gacelle.bids.series import Atlas, Series, series_from_json
 from bids_gacelle.bids.sidecar import TABLE_COLUMNS, table_sidecar
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
+from bids_gacelle.interfaces.collect import reference_image
 from bids_gacelle.interfaces.fit import build_model, load_fit
 from bids_gacelle.interfaces.provenance import fit_record
 from bids_gacelle.settings import Settings
@@ -46,7 +46,7 @@ class RoiStatistics(Step):
     def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
         """Compute and write the tables of all atlases."""
         series = series_from_json(self.inputs.series)
-        reference = nib.load(self.inputs.collected["reference"])
+        reference = reference_image(self.inputs.collected)
         mask = np.load(self.inputs.mask["file"])
         datasets = self.inputs.run["datasets"]
         model, _ = build_model(self.inputs.model, settings, self.inputs.prepared)

@@ -6,7 +6,6 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from nipype.interfaces.base import TraitedSpec, traits
 
@@ -16,6 +15,7 @@ from bids_gacelle.bids.output import write_image, write_json, write_tsv
 from bids_gacelle.bids.series import series_from_json
 from bids_gacelle.interfaces import provenance
 from bids_gacelle.interfaces.base import Step, StepInputSpec
+from bids_gacelle.interfaces.collect import reference_image
 from bids_gacelle.interfaces.fit import build_model, load_fit
 from bids_gacelle.interfaces.rois import scatter
 from bids_gacelle.settings import Settings
@@ -48,7 +48,7 @@ class WriteMaps(Step):
         self._settings = settings
         self._series = series_from_json(self.inputs.series)
         self._mask = np.load(self.inputs.mask["file"])
-        self._reference = nib.load(self.inputs.collected["reference"])
+        self._reference = reference_image(self.inputs.collected)
         self._fit = load_fit(self.inputs.fitted)
         self._model, _ = build_model(self.inputs.model, settings, self.inputs.prepared)
         datasets = self.inputs.run["datasets"]

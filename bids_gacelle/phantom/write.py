@@ -6,8 +6,8 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -72,8 +72,8 @@ def write_phantom(
     subjects, sessions
         How many; one session leaves ``ses`` out of the names.
     snr
-        Mean of white matter in the brightest image of a contrast (first echo, best flip angle,
-        b=0) over the standard deviation of the noise in each channel; ``inf`` for none.
+        Mean of white matter in the brightest image of a contrast over the standard deviation of
+        real and imaginary noise; ``inf`` for none.
     contrasts
         Keys of `contrasts.CONTRASTS`.
     resolution
@@ -93,34 +93,27 @@ def write_phantom(
     Raises
     ------
     InputError
-        A value makes no sense, nilearn is not installed, or `out` cannot be written or holds
-        something else.
+        A value makes no sense, nilearn is missing, or `out` is in use or cannot be written.
     """
     _check(subjects, sessions, snr, contrasts, resolution, seed, dwi_model)
     load_template()  # fails before anything is written
     out = Path(out)
     _make_room(out, overwrite)
-    settings = {
-        "subjects": subjects,
-        "sessions": sessions,
-        "snr": snr,
-        "contrasts": ",".join(contrasts),
-        "resolution": resolution,
-        "seed": seed,
-        "dwi-model": dwi_model,
-    }
-    _write_root(out, [f"{i:02d}" for i in range(1, subjects + 1)], settings)
+    options = (
+        f"--subjects {subjects} --sessions {sessions} --snr {snr:g} --seed {seed} "
+        f"--contrasts {','.join(contrasts)} --resolution {resolution:g} --dwi-model {dwi_model}"
+    )
+    _write_root(out, subjects, options)
     written = []
-    for subject in range(1, subjects + 1):
-        for session in range(1, sessions + 1):
-            anatomy = make_anatomy(subject, session, resolution=resolution, seed=seed)
-            head = Head(anatomy, subject, session, seed)
-            made = [make_contrast(name, head, dwi_model) for name in contrasts]
-            labels = f"{subject:02d}", f"{session}" if sessions > 1 else ""
-            for contrast in made:
-                written += _write_images(Place(out, *labels), contrast, head, snr)
-                written += _write_truth(Place(out / TRUTH, *labels), contrast, anatomy)
-            written += _write_tissues(Place(out / TRUTH, *labels), anatomy, made)
+    for subject, session in product(range(1, subjects + 1), range(1, sessions + 1)):
+        anatomy = make_anatomy(subject, session, resolution=resolution, seed=seed)
+        head = Head(anatomy, subject, session, seed)
+        made = [make_contrast(name, head, dwi_model) for name in contrasts]
+        labels = f"{subject:02d}", f"{session}" if sessions > 1 else ""
+        for contrast in made:
+            written += _write_images(Place(out, *labels), contrast, head, snr)
+            written += _write_truth(Place(out / TRUTH, *labels), contrast, anatomy)
+        written += _write_tissues(Place(out / TRUTH, *labels), anatomy, made)
     return written
 
 
@@ -191,9 +184,8 @@ def _is_phantom(folder: Path) -> bool:
         return False
 
 
-def _write_root(out: Path, subjects: list[str], settings: dict[str, Any]) -> None:
+def _write_root(out: Path, subjects: int, options: str) -> None:
     """Write the files at the root of both datasets."""
-    options = " ".join(f"--{name} {value}" for name, value in settings.items())
     maker = {"Name": NAME, "Version": __version__, "Description": options}
     about = {"BIDSVersion": BIDS_VERSION, "License": "See README.md", "Authors": [NAME]}
     write_json(
@@ -201,7 +193,8 @@ def _write_root(out: Path, subjects: list[str], settings: dict[str, Any]) -> Non
         {"Name": "Digital brain", **about, "DatasetType": "raw", "GeneratedBy": [maker]},
     )
     write_text(out / "README.md", _README.format(options=options))
-    rows = [{"participant_id": f"sub-{label}", "species": "digital"} for label in subjects]
+    labels = [f"sub-{i:02d}" for i in range(1, subjects + 1)]
+    rows = [{"participant_id": label, "species": "digital"} for label in labels]
     write_tsv(out / "participants.tsv", rows, ("participant_id", "species"))
     levels = {"digital": "simulated from the ICBM 152 template"}
     write_json(

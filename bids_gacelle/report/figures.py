@@ -516,14 +516,15 @@ def draw_example(
     lower, split = 44 / height, 116 / height
     residual_axes = _plain_axes(figure, (left, lower, across, split - lower))
     axes = _plain_axes(figure, (left, split + 14 / height, across, 1 - split - 28 / height))
-    curve = example.get("curve")
+    curves = {str(curve.get("group") or ""): curve for curve in example.get("curves") or []}
     for n, group in enumerate(groups):
         chosen = np.array([name == group for name in names])
         colour = GROUP_COLOURS[n % len(GROUP_COLOURS)]
         marker = GROUP_MARKERS[n % len(GROUP_MARKERS)]
         order = np.argsort(x[chosen], kind="stable")
         line = (x[chosen][order], fitted[chosen][order])
-        if curve is not None and str(curve.get("group") or "") == group:
+        if group in curves:
+            curve = curves[group]
             line = (np.asarray(curve["x"], float), np.asarray(curve["y"], float))
         axes.plot(*line, color=colour, lw=1.4, zorder=2)
         style = {"ls": "none", "marker": marker, "ms": 5, "mec": colour, "mew": 1.1, "zorder": 3}
@@ -550,7 +551,9 @@ def _finish_example(
     axes.tick_params(labelbottom=False)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.margins(y=0.08)
-    axes.set_ylabel(plot.get("y_label") or "signal", fontsize=10.5, color=PLOT_INK)
+    axes.set_ylabel(
+        text.axis_label(plot.get("y_label") or "signal"), fontsize=10.5, color=PLOT_INK
+    )
     if legend:
         columns = 1 if len(axes.get_legend_handles_labels()[1]) < 6 else 2
         axes.legend(
@@ -562,4 +565,6 @@ def _finish_example(
     residual_axes.yaxis.set_major_locator(MaxNLocator(3, symmetric=True))
     residual_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text.number(value, 2)))
     residual_axes.set_ylabel("residual", fontsize=10.5, color=PLOT_INK)
-    residual_axes.set_xlabel(plot.get("x_label") or "", fontsize=10.5, color=PLOT_INK)
+    residual_axes.set_xlabel(
+        text.axis_label(plot.get("x_label") or ""), fontsize=10.5, color=PLOT_INK
+    )

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import jinja2
@@ -34,6 +34,7 @@ DENSITY = 1.6
 _HALF = 604.0
 _THIRD = 400.0
 _HISTOGRAM = 180.0
+_UNUSABLE = 4
 _NO_SD: dict[str, Any] = {"missing": "No standard deviation was written for this quantity."}
 
 
@@ -72,11 +73,13 @@ def build_subject_report(
     Path of the page.
     """
     out_dir, density, page = Path(out_dir), DENSITY, b""
-    for _ in range(3):
-        page = _render(_Builder(out_dir, density), subject, manifests, status, run)
+    for _ in range(5):
+        builder = _Builder(out_dir, density)
+        page = _render(builder, subject, manifests, status, run)
         if len(page) <= SIZE_LIMIT:
             break
-        density *= 0.9 * (SIZE_LIMIT / len(page)) ** 0.5
+        room = SIZE_LIMIT - (len(page) - builder.picture_bytes)
+        density *= 0.85 * max(room / max(builder.picture_bytes, 1), 0.1) ** 0.5
     path = out_dir / f"sub-{subject}.html"
     _write_atomically(path, page)
     return path
@@ -260,6 +263,7 @@ class _Builder:
     out_dir: Path
     density: float
     problems: list[str] = field(default_factory=list)
+    picture_bytes: int = 0
 
     # Missing pieces: every part of the page is made inside `attempt`, so that none can take the
     # others with it.
@@ -285,6 +289,7 @@ class _Builder:
         def encode() -> dict[str, Any]:
             drawing = make()
             uri = "data:image/png;base64," + base64.b64encode(drawing.png).decode("ascii")
+            self.picture_bytes += len(uri)
             return {
                 "uri": uri,
                 "width": drawing.width,
@@ -300,12 +305,18 @@ class _Builder:
         return geometry.load_volume(self.out_dir / relative)
 
     def load_like(self, relative: str | None, what: str, grid: Volume) -> Volume:
+        """Load an image that has to lie on the grid of another."""
         volume = self.load(relative, what)
         if volume.data.shape != grid.data.shape:
             raise ValueError(
                 f"{what} is {volume.data.shape}, the mask is {grid.data.shape} voxels"
             )
         return volume
+
+    def values(self, relative: str | None, what: str, grid: _Grid) -> np.ndarray:
+        """Load a map with NaN where the input was unusable; files may hold 0 there."""
+        data = self.load_like(relative, what, grid.mask).data
+        return np.where(grid.unusable, np.nan, data)
 
     # The parts of a session.
 
@@ -403,12 +414,12 @@ class _Builder:
 
     def model(self, manifest: dict[str, Any], name: str) -> dict[str, Any]:
         """Draw everything about one fit."""
-        loaded = self.attempt(f"mask of {name}", lambda: self._view(manifest))
+        loaded = self.attempt(f"mask of {name}", lambda: self._grid(manifest))
         parameters, quality = [], {}
         if "value" in loaded:
-            mask, view = loaded["value"]
-            parameters = [self.parameter(p, mask, view, name) for p in manifest.get("maps") or []]
-            quality = self.quality(manifest, mask, view, name)
+            grid = loaded["value"]
+            parameters = [self.parameter(p, grid, name) for p in manifest.get("maps") or []]
+            quality = self.quality(manifest, grid, name)
         if not manifest.get("maps"):
             self.problems.append(
                 f"Expected but missing: maps of {name} (the manifest lists none)."
@@ -423,17 +434,18 @@ class _Builder:
             "examples": [self.example(e, manifest, name) for e in manifest.get("examples") or []],
         }
 
-    def _view(self, manifest: dict[str, Any]) -> tuple[Volume, View]:
+    def _grid(self, manifest: dict[str, Any]) -> _Grid:
         mask = self.load((manifest.get("mask") or {}).get("file"), "mask")
-        return mask, geometry.choose_view(mask)
+        unusable = np.zeros(mask.data.shape, bool)
+        with contextlib.suppress(Exception):  # `quality` says what is wrong with the flag map
+            flags = self.load_like(manifest.get("flags"), "flag map", mask).data
+            unusable = (flags.astype(np.uint8) & _UNUSABLE) > 0
+        return _Grid(mask, mask.data > 0, geometry.choose_view(mask), unusable)
 
-    def parameter(
-        self, item: dict[str, Any], mask: Volume, view: View, name: str
-    ) -> dict[str, Any]:
+    def parameter(self, item: dict[str, Any], grid: _Grid, name: str) -> dict[str, Any]:
         """Draw map, standard deviation and their histograms for one parameter."""
         symbol, cmixf = str(item.get("name", "")), str(item.get("unit", ""))
         label, what = str(item.get("label") or symbol), f"{symbol} of {name}"
-        inside = mask.data > 0
         result: dict[str, Any] = {
             "name": symbol,
             "label": label,
@@ -442,21 +454,19 @@ class _Builder:
         }
 
         def load(kind: str, relative: str | None) -> dict[str, Any]:
-            return self.attempt(
-                f"{kind} of {what}", lambda: self.load_like(relative, kind, mask).data
-            )
+            return self.attempt(f"{kind} of {what}", lambda: self.values(relative, kind, grid))
 
         loaded = load("map", item.get("file"))
         spread = load("SD map", item["std"]) if item.get("std") else _NO_SD
         result |= {"map": loaded, "histogram": loaded, "sd": spread, "sd_histogram": spread}
         limit, height = np.inf, _HISTOGRAM
         if "value" in loaded:
-            limit = self._map(result, loaded["value"], inside, view, what)
+            limit = self._map(result, loaded["value"], grid, what)
         if "value" in spread:
-            some = spread["value"][inside]
+            some = spread["value"][grid.inside]
             window = (0.0, figures.nice_limit(some[np.isfinite(some)]))
             result["sd"] = self._scalar(
-                f"SD of {what}", spread["value"], inside, view, window, cmixf, limit=limit
+                f"SD of {what}", spread["value"], grid, window, cmixf, limit=limit
             )
             if "value" in result["sd"]:  # the two histograms beside it end where it ends
                 height = max(height, result["sd"]["value"]["height"] / 2)
@@ -466,7 +476,7 @@ class _Builder:
         if "value" in loaded:
             result["histogram"] = self._histogram(
                 what,
-                loaded["value"][inside],
+                loaded["value"][grid.inside],
                 result["window"],
                 text.with_unit(symbol, cmixf),
                 height,
@@ -474,12 +484,10 @@ class _Builder:
             )
         return result
 
-    def _map(
-        self, result: dict[str, Any], values: np.ndarray, inside: np.ndarray, view: View, what: str
-    ) -> float:
+    def _map(self, result: dict[str, Any], values: np.ndarray, grid: _Grid, what: str) -> float:
         """Add the map and its window to ``result``; return the scale it is drawn at."""
         item, readable = result["item"], result["unit"]
-        window, fixed = _window(item, values[inside])
+        window, fixed = _window(item, values[grid.inside])
         shown = f"{text.number(window[0])} to {text.number(window[1])} {readable}".strip()
         colours = str(item.get("colormap") or "viridis")
         result |= {"window": window, "fixed": fixed, "window_text": shown}
@@ -487,8 +495,8 @@ class _Builder:
             f"map of {what}",
             lambda: figures.map_figure(
                 values,
-                inside,
-                view,
+                grid.inside,
+                grid.view,
                 window=window,
                 colormap=colours,
                 unit=readable,
@@ -532,8 +540,7 @@ class _Builder:
         self,
         what: str,
         values: np.ndarray,
-        inside: np.ndarray,
-        view: View,
+        grid: _Grid,
         window: tuple[float, float],
         cmixf: str,
         *,
@@ -545,8 +552,8 @@ class _Builder:
         def draw() -> Drawing:
             drawn = figures.map_figure(
                 values,
-                inside,
-                view.fewer(3),
+                grid.inside,
+                grid.view.fewer(3),
                 window=window,
                 colormap="magma",
                 unit=text.unit(cmixf),
@@ -560,32 +567,27 @@ class _Builder:
 
         return self.picture(what, draw)
 
-    def quality(
-        self, manifest: dict[str, Any], mask: Volume, view: View, name: str
-    ) -> dict[str, Any]:
+    def quality(self, manifest: dict[str, Any], grid: _Grid, name: str) -> dict[str, Any]:
         """Draw the NRMSE map with its histogram, and the flag map."""
-        inside = mask.data > 0
         what = f"NRMSE of {name}"
-        error = self.attempt(
-            what, lambda: self.load_like(manifest.get("nrmse"), "NRMSE map", mask).data
-        )
+        error = self.attempt(what, lambda: self.values(manifest.get("nrmse"), "NRMSE map", grid))
         result: dict[str, Any] = {"nrmse": error, "nrmse_histogram": error}
         if "value" in error:
-            some = error["value"][inside]
+            some = error["value"][grid.inside]
             window = (0.0, figures.nice_limit(some[np.isfinite(some)]))
             result["nrmse"] = self._scalar(
-                what, error["value"], inside, view, window, "1", side=figures.QUALITY_SIDE
+                what, error["value"], grid, window, "1", side=figures.QUALITY_SIDE
             )
             result["nrmse_histogram"] = self._histogram(
                 what, some, window, "NRMSE", 1.4 * _HISTOGRAM
             )
 
         def flags() -> Drawing:
-            volume = self.load_like(manifest.get("flags"), "flag map", mask)
+            volume = self.load_like(manifest.get("flags"), "flag map", grid.mask)
             return figures.draw_flags(
                 np.nan_to_num(volume.data),
-                inside,
-                view.fewer(3),
+                grid.inside,
+                grid.view.fewer(3),
                 width=_HALF,
                 density=self.density,
                 alt=f"Flags of {name} in slices; the counts are in the table",
@@ -643,6 +645,15 @@ class _Builder:
 
         found = [read(str(relative)) for relative in manifest.get("tables") or []]
         return {"model": model, "series": series, "tables": found}
+
+
+class _Grid(NamedTuple):
+    """Where the maps of a fit lie: the mask, the slices shown, the voxels without an estimate."""
+
+    mask: Volume
+    inside: np.ndarray
+    view: View
+    unusable: np.ndarray
 
 
 class _Absent(Exception):

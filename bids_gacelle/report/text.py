@@ -29,8 +29,13 @@ def unit(cmixf: str) -> str:
     """Spell a CMIXF unit as people read it: ``um^2/ms`` -> ``µm²/ms``; ``1`` -> nothing."""
     if cmixf in _WORDS:
         return _WORDS[cmixf]
-    readable = re.sub(r"\^(-?\d+)", lambda power: power[1].translate(_SUPERSCRIPT), cmixf)
-    return re.sub(r"\bu(?=[a-zA-Z])", "µ", readable)
+    readable = re.sub(r"\bu(?=(m|s|g|T|mol)\b)", "µ", cmixf)
+    return re.sub(r"\^(-?\d+)", lambda power: power[1].translate(_SUPERSCRIPT), readable)
+
+
+def axis_label(label: str) -> str:
+    """Make the unit in brackets at the end of an axis label readable."""
+    return re.sub(r"\(([^()]+)\)$", lambda brackets: f"({unit(brackets[1])})", label)
 
 
 def with_unit(label: str, cmixf: str) -> str:

@@ -21,6 +21,8 @@ _THIN = 5
 # Parts smaller than this share of the largest are debris; larger ones may be vials of a phantom.
 _SMALL_PART = 0.01
 
+_ROUNDED_AFFINE = 2.0  # voxels
+
 
 def quick_mask(volume: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
     """Separate the object from air in one magnitude image.
@@ -66,7 +68,10 @@ def usable_voxels(
 
 
 def load_mask(path: str, reference: SpatialImage) -> npt.NDArray[np.bool_]:
-    """Read a mask that lies on the grid of ``reference``; true where the value is above 0.5.
+    """Read a mask drawn on the grid of ``reference``; true where the value is above 0.5.
+
+    Tools round and rewrite affines: with the same shape, corners up to two voxels apart are
+    accepted and the mask is taken voxel for voxel.
 
     Raises
     ------
@@ -78,7 +83,7 @@ def load_mask(path: str, reference: SpatialImage) -> npt.NDArray[np.bool_]:
         data = data[..., 0]
     if data.ndim != 3:
         raise InputError(f"{path} has the shape {data.shape}, a mask needs three dimensions")
-    if not same_grid(image, reference):
+    if not same_grid(reference, image, tolerance=_ROUNDED_AFFINE):
         raise InputError(
             f"the mask {path} is not on the grid of the images: the mask has "
             f"{describe_grid(image)}, the images have {describe_grid(reference)}; resample it "

@@ -41,7 +41,9 @@ def test_model_options_are_typed():
     assert settings.model_options == {"nexi": {"l_max": 2, "tol": 1e-3}, "mcmicro": {"flag": True}}
 
 
-@pytest.mark.parametrize(("text", "ms"), [("6ms", 6), ("0.006s", 6), (" 13.5 ms", 13.5), ("1e-2s", 10)])
+@pytest.mark.parametrize(
+    ("text", "ms"), [("6ms", 6), ("0.006s", 6), (" 13.5 ms", 13.5), ("1e-2s", 10)]
+)
 def test_times_need_their_unit(text, ms):
     assert argtypes.milliseconds(text) == pytest.approx(ms)
 

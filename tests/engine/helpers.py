@@ -77,10 +77,13 @@ class Line(SignalModel):
     description = "A straight line."
     kind = "megre"
     datatype = "anat"
+    signed = True
     required = ("echo_time",)
     parameters = (
         Parameter("offset", "1", "Offset", bounds=(-10.0, 10.0), start=(-1.0, 1.0)),
-        Parameter("factor", "1", "Factor", bounds=(0.05, 20.0), start=(0.5, 2.0), coordinate="log"),
+        Parameter(
+            "factor", "1", "Factor", bounds=(0.05, 20.0), start=(0.5, 2.0), coordinate="log"
+        ),
     )
     derived = (Parameter("product", "1", "offset x factor"),)
 

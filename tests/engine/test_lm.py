@@ -82,7 +82,7 @@ def test_optimum_satisfies_the_conditions_at_bounds():
     assert float(converged.double().mean()) > 0.98
     assert float(((at_low | at_high).any(0)).double().mean()) > 0.3  # bounds are really met
     # Maps are stored in single precision, which limits the slope that can be read off them.
-    assert float(torch.where(pushed_out, 0.0, gain)[:, converged].max()) < 1e-5
+    assert float(torch.where(pushed_out, 0.0, gain)[:, converged].max()) < 1e-8
 
 
 @pytest.mark.parametrize("name", ["r2star", "nexi"])
@@ -143,10 +143,10 @@ def test_linear_model_gives_the_textbook_estimate_and_covariance(prior, precisio
     covariance = np.linalg.inv(information)
     sd = np.sqrt(np.diag(covariance))
     factor = np.exp(estimate[1])
-    np.testing.assert_allclose(result.maps["offset"], estimate[0], atol=2e-3 * sd[0])
-    np.testing.assert_allclose(np.log(result.maps["factor"]), estimate[1], atol=2e-3 * sd[1])
+    np.testing.assert_allclose(result.maps["offset"], estimate[0], atol=1e-2 * sd[0])
+    np.testing.assert_allclose(np.log(result.maps["factor"]), estimate[1], atol=1e-2 * sd[1])
     np.testing.assert_allclose(result.std["offset"], sd[0], rtol=1e-5)
-    np.testing.assert_allclose(result.std["factor"], factor * sd[1], rtol=3e-3)
+    np.testing.assert_allclose(result.std["factor"], factor * sd[1], rtol=5e-3)
     gradient = np.stack([factor, estimate[0] * factor])
     product = np.sqrt(np.einsum("iv,ij,jv->v", gradient, covariance, gradient))
     np.testing.assert_allclose(result.std["product"], product, rtol=5e-3)
@@ -186,14 +186,13 @@ def test_equal_minima_are_flagged_and_a_single_one_is_not():
     assert ((fit(model, data, sigma=0.01).flags & 16) > 0).all()
     assert ((fit(model, data, sigma=0.01, starts=1).flags & 16) == 0).all()
     data, _ = line_truth(times, 0.05)
-    data[0] = np.abs(data[0])
     assert ((fit(Line.of(times), data, sigma=0.05, starts=4).flags & 16) == 0).all()
 
 
 @pytest.mark.parametrize(("name", "options"), [("r2star", {}), ("despot1", {}), ("nexi", {})])
 def test_a_voxel_does_not_depend_on_its_neighbours(name, options):
     model = make_model(name, **options)
-    n = 900
+    n = 300
     params, inputs = draw(model, n, 13), draw_inputs(model, n, 14)
     data = noisy(model, params, 0.02, 15, inputs).astype(np.float32)
     inputs = {k: v.numpy() for k, v in inputs.items()}
@@ -206,7 +205,7 @@ def test_a_voxel_does_not_depend_on_its_neighbours(name, options):
         (shuffled, order),
         (part, np.arange(n)[some]),
         (fit(model, data, inputs=inputs, block_size=37), np.arange(n)),
-        (fit(model, data, inputs=inputs, block_size=411), np.arange(n)),
+        (fit(model, data, inputs=inputs, block_size=211), np.arange(n)),
         (fit(model, data, inputs=inputs), np.arange(n)),
     ]
     for other, index in others:

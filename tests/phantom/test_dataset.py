@@ -137,6 +137,8 @@ def test_a_file_in_the_way_is_said(tmp_path, capsys):
     (tmp_path / "brain").write_text("")
     assert main([str(tmp_path / "brain")]) == 2
     assert "is a file" in capsys.readouterr().err
+    assert main([str(tmp_path / "brain" / "inside"), "--subjects", "1"]) == 2
+    assert "Cannot write" in capsys.readouterr().err
 
 
 def test_the_command_does_not_import_torch_to_answer_help():

@@ -384,7 +384,7 @@ def _examples(spec: Spec, head: Head, values: dict[str, np.ndarray]) -> list[dic
                     fitted + noise * fitted.max() * head.rng.standard_normal(x.size)
                 ).tolist(),
                 "fit": fitted.tolist(),
-                "curve": None if spec.model == "nexi" else curve,
+                "curves": [] if spec.model == "nexi" else [curve],
                 "values": {name: float(v[voxel]) for name, v in values.items()},
                 "std": {
                     name: float(abs(v[voxel]) * (0.03 + 2 * noise)) if n < 2 else None

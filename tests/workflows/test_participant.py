@@ -12,10 +12,10 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+from bids_gacelle.workflows import run as workflow_run
 
 from bids_gacelle.bids.names import FLAGS
 from bids_gacelle.cli.main import main
-from bids_gacelle.workflows import run as workflow_run
 from tests.datasets import (
     R2STAR,
     SHAPE,
@@ -151,7 +151,7 @@ def test_no_crash_files_and_no_work_left(full):
     _, out = full
     assert not list(out.rglob("crash-*"))
     config = next(out.glob("logs/*/bids_gacelle.toml")).read_text()
-    assert 'models = [' in config
+    assert "models = [" in config
 
 
 def test_group_and_reports_only(full, capsys):

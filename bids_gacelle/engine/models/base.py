@@ -93,6 +93,9 @@ class SignalModel(ABC):
         "megre", "vfa" or "dwi": which images it needs.
     bare_names
         True when its map files need not name the model (official BIDS suffixes).
+    signed
+        True when data of either sign are meant; otherwise a first measurement that is not positive
+        makes a voxel unusable.
     minimum_measurements
         Smallest number of echoes, flip angles or shells.
     voxel_inputs, input_defaults
@@ -112,6 +115,7 @@ class SignalModel(ABC):
     kind: ClassVar[Literal["megre", "vfa", "dwi"]]
     datatype: ClassVar[Literal["anat", "dwi"]]
     bare_names: ClassVar[bool] = False
+    signed: ClassVar[bool] = False
     needs_diffusion_times: ClassVar[bool] = False
     minimum_measurements: ClassVar[int] = 1
     voxel_inputs: ClassVar[tuple[str, ...]] = ()

@@ -21,6 +21,8 @@ _FIRST_DAMPING = 0.1
 _FEWEST_LANES = 256
 _REFILL_SHARE = 0.2
 _PASSES = 3
+# A move by the whole start box is taken to change the cost by at least this share.
+_LEAST_SHARE = 1e-3
 
 
 class State(NamedTuple):
@@ -37,6 +39,7 @@ class State(NamedTuple):
     converged: Tensor
 
     def take(self, index: Tensor) -> State:
+        """Return the lanes at `index`."""
         return State(*(tensor[..., index] for tensor in self))
 
 
@@ -185,7 +188,10 @@ class LmStep:
     def __call__(self, state: State, voxels: Voxels) -> tuple[Tensor, ...]:
         """Return the next state; lanes that do not run keep theirs."""
         kernel, settings = self.kernel, self.settings
-        step = self._bounded_step(state)
+        scale = kernel.width
+        if kernel.amplitude is not None:
+            scale = torch.where(torch.isnan(scale), state.position.abs().clamp_min(1e-3), scale)
+        step = self._bounded_step(state, scale)
         trial = torch.maximum(torch.minimum(state.position + step, kernel.upper), kernel.lower)
         new = kernel.normal_equations(trial, voxels)
         fresh = torch.isinf(state.cost)
@@ -195,9 +201,6 @@ class LmStep:
         better = state.running & (new.cost < state.cost)
         finite = torch.isfinite(new.cost)
 
-        scale = kernel.width
-        if kernel.amplitude is not None:
-            scale = torch.where(torch.isnan(scale), state.position.abs().clamp_min(1e-3), scale)
         small_step = ((step / scale).abs() < settings.xtol).all(0)
         limit = settings.ftol * state.cost + self.noise_floor * voxels.data.shape[0]
         small_gain = (predicted <= limit) & (actual.abs() <= limit)
@@ -224,7 +227,7 @@ class LmStep:
             state.converged | converged,
         )
 
-    def _bounded_step(self, state: State) -> Tensor:
+    def _bounded_step(self, state: State, scale: Tensor) -> Tensor:
         """Solve the damped normal equations within the bounds by an active set.
 
         Parameters at a bound that the gradient pushes outward are held. Parameters whose step
@@ -236,7 +239,10 @@ class LmStep:
         held = ((position <= lower) & (gradient > 0)) | ((position >= upper) & (gradient < 0))
         free = ~held
         step = torch.zeros_like(position)
-        diagonal = torch.diagonal(state.hessian).T
+        # A parameter without influence here (exchange without neurites) has no curvature to be
+        # damped by; it would jump from bound to bound and get every joint step rejected.
+        cost = torch.where(torch.isinf(state.cost), 0.0, state.cost)
+        diagonal = torch.maximum(torch.diagonal(state.hessian).T, _LEAST_SHARE * cost / scale**2)
         matrix = state.hessian + torch.diag_embed((diagonal * state.damping).T).permute(1, 2, 0)
         for _ in range(_PASSES):
             fixed = torch.where(free, 0.0, step)

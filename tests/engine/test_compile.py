@@ -1,0 +1,72 @@
+"""The compile switch: same answers as eager, and eager when compilation is impossible."""
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from bids_gacelle.engine import fit
+from bids_gacelle.engine.kernels import COMPILE_FROM, COMPILE_VARIABLE, compile_wanted
+
+from .helpers import draw, make_model, noisy
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data():
+    model = make_model("r2star")
+    params = draw(model, 300, 1)
+    return model, noisy(model, params, 0.01, 2)
+
+
+def test_switch(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv(COMPILE_VARIABLE, "never")
+    assert not compile_wanted(10 * COMPILE_FROM, CPU)
+    monkeypatch.setenv(COMPILE_VARIABLE, "always")
+    assert compile_wanted(1, CPU)
+    monkeypatch.setenv(COMPILE_VARIABLE, "auto")
+    assert not compile_wanted(10 * COMPILE_FROM, CPU)  # no compiler
+    monkeypatch.setattr(shutil, "which", lambda name: "/somewhere/" + name)
+    assert compile_wanted(10 * COMPILE_FROM, CPU)
+    assert not compile_wanted(COMPILE_FROM - 1, CPU)
+    monkeypatch.setenv(COMPILE_VARIABLE, "yes")
+    with pytest.raises(ValueError, match="never, auto or always"):
+        compile_wanted(1, CPU)
+
+
+def test_failed_compilation_costs_one_line_and_nothing_else(data, monkeypatch, caplog):
+    model, y = data
+    monkeypatch.setenv(COMPILE_VARIABLE, "never")
+    eager = fit(model, y)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here\nlong traceback")
+
+    monkeypatch.setenv(COMPILE_VARIABLE, "always")
+    monkeypatch.setattr(torch, "compile", broken)
+    with caplog.at_level(logging.WARNING):
+        fallen = fit(model, y)
+    assert [r.getMessage() for r in caplog.records] == [
+        "Compilation failed, continuing without: RuntimeError: no compiler here"
+    ]
+    assert fallen.settings["compiled"] is False
+    np.testing.assert_array_equal(fallen.maps["R2star"], eager.maps["R2star"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_equals_eager(data, monkeypatch):
+    model, y = data
+    monkeypatch.setenv(COMPILE_VARIABLE, "never")
+    eager = fit(model, y)
+    monkeypatch.setenv(COMPILE_VARIABLE, "always")
+    compiled = fit(model, y)
+    assert compiled.settings["compiled"]
+    for name in ("S0", "R2star"):
+        distance = np.abs(compiled.maps[name] - eager.maps[name]) / eager.std[name]
+        assert distance.max() < 0.02
+    np.testing.assert_array_equal(compiled.flags, eager.flags)

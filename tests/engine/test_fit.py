@@ -1,0 +1,369 @@
+"""The entry point: flags, noise levels, coverage, blocks and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme, fit, get_model
+from bids_gacelle.engine.blocks import for_blocks
+from bids_gacelle.engine.device import resolve_device
+
+from .helpers import Line, draw, draw_inputs, make_model, noisy
+
+
+def tissue(n, seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "S0": torch.tensor(rng.uniform(300, 900, n)),
+        "R2star": torch.tensor(rng.uniform(12, 50, n)),
+    }
+
+
+def test_result_is_on_the_grid_with_flags_outside_the_mask():
+    model = make_model("r2star")
+    data = noisy(model, tissue(24, 1), 3.0, 2).reshape(8, 2, 3, 4)
+    mask = np.zeros((2, 3, 4), bool)
+    mask[0, 1:, :] = True
+    result = fit(model, data, mask=mask)
+    whole = fit(model, torch.tensor(data))
+    for name in ("S0", "R2star", "T2star"):
+        assert result.maps[name].shape == result.std[name].shape == (2, 3, 4)
+        assert result.maps[name].dtype == result.std[name].dtype == np.float32
+        assert np.isnan(result.maps[name][~mask]).all()
+        np.testing.assert_array_equal(result.maps[name][mask], whole.maps[name][mask])
+    np.testing.assert_array_equal(result.flags, np.where(mask, 0, 1))
+    assert result.flags.dtype == np.uint8
+    assert np.isnan(result.nrmse[~mask]).all()
+    assert (result.nrmse[mask] < 0.05).all()
+    np.testing.assert_allclose(
+        1 / result.maps["T2star"][mask], result.maps["R2star"][mask], rtol=1e-6
+    )
+    assert result.settings["n_voxels"] == 8
+
+
+def test_one_voxel_without_a_grid():
+    model = make_model("r2star")
+    data = model.signal({"S0": torch.tensor(500.0), "R2star": torch.tensor(20.0)})
+    result = fit(model, data)
+    assert result.maps["R2star"].shape == ()
+    assert float(result.maps["R2star"]) == pytest.approx(20, rel=1e-5)
+
+
+def test_settings_and_trace_are_plain_data():
+    model = make_model("nexi")
+    data = noisy(model, draw(model, 20, 3), 0.01, 4)
+    result = fit(model, data, sigma=0.01, prior="weak")
+    again = json.loads(json.dumps([result.settings, result.trace]))
+    assert again == [result.settings, result.trace]
+    settings = result.settings
+    assert settings["solver"] == "lm"
+    assert settings["device"] in ("cpu", "cuda:0")
+    assert settings["sigma"] == "given"
+    assert settings["starts"] == 4
+    assert settings["degrees_of_freedom"] == 11
+    assert set(settings["at_bound"]) == set(model.parameter_names)
+    assert settings["prior"]["tex"]["coordinate"] == "log"
+    assert settings["prior"]["tex"]["mean"] == pytest.approx(np.log(200) / 2)
+    assert sum(result.trace["evaluations"]) == 20
+    assert sum(result.trace["winning_start"]) == 20
+
+
+def test_bad_voxels_are_flagged_and_leave_the_others_alone():
+    model = make_model("r2star")
+    data = noisy(model, tissue(12, 5), 3.0, 6)
+    clean = fit(model, data)
+    bad = data.copy()
+    bad[2, 0] = np.nan
+    bad[7, 1] = np.inf
+    bad[:, 2] = 0
+    bad[:, 3] *= -1
+    bad[0, 4] = 0
+    sigma = np.full(12, 3.0)
+    sigma[5], sigma[6] = 0, np.nan
+    result = fit(model, bad)
+    assert (result.flags[:5] == 4).all()
+    assert np.isnan(result.maps["R2star"][:5]).all()
+    assert np.isnan(result.std["S0"][:5]).all()
+    np.testing.assert_array_equal(result.maps["R2star"][5:], clean.maps["R2star"][5:])
+    assert (fit(model, data, sigma=sigma).flags == [0, 0, 0, 0, 0, 4, 4, 0, 0, 0, 0, 0]).all()
+
+
+def test_a_negative_sample_is_noise_not_a_bad_voxel():
+    model = get_model("mcmicro")(DiffusionScheme(b=[0.5, 1, 2, 4, 8]))
+    truth = {"fn": torch.tensor([0.2]), "d": torch.tensor([2.5])}
+    data = model.signal(truth).double().numpy()
+    data[-1] = -0.01
+    result = fit(model, data, sigma=0.02)
+    assert int(result.flags[0]) & 4 == 0
+    assert float(result.maps["fn"][0]) == pytest.approx(0.2, abs=0.1)
+
+
+def test_all_voxels_bad_is_no_error():
+    model = make_model("r2star")
+    calls = []
+    result = fit(model, np.full((8, 5), np.nan), progress=lambda *a: calls.append(a))
+    assert (result.flags == 4).all()
+    assert calls[-1] == (5, 5)
+    assert result.settings["at_bound"] == {"S0": 0.0, "R2star": 0.0}
+
+
+def test_bad_voxel_inputs_are_flagged():
+    model = make_model("despot1")
+    params = draw(model, 4, 7)
+    inputs = {"b1": torch.tensor([1.0, 0.0, np.nan, 0.9]).double()}
+    data = noisy(model, params, 0.0, 8, {"b1": torch.tensor([1.0, 1, 1, 0.9]).double()})
+    result = fit(model, data, inputs=inputs, sigma=0.001)
+    np.testing.assert_array_equal(result.flags, [0, 4, 4, 0])
+    np.testing.assert_allclose(result.maps["R1"][[0, 3]], params["R1"][[0, 3]], rtol=1e-4)
+
+
+def test_at_a_bound_there_is_no_interval_and_the_rest_is_conditional():
+    model = make_model("mcmicro")
+    # More signal at the highest b than any stick can leave pushes fn to 1.
+    ones = torch.ones(30).double()
+    data = noisy(model, {"fn": ones, "d": 1.2 * ones}, 0.002, 9)
+    data[-1] += 0.05
+    result = fit(model, data, sigma=0.002)
+    assert (result.flags & 2 > 0).all()
+    assert (result.maps["fn"] == 1).all()
+    assert np.isnan(result.std["fn"]).all()
+    assert result.settings["at_bound"] == {"fn": 1.0, "d": 0.0}
+    d = torch.tensor(result.maps["d"]).double()
+    slope = model.jacobian({"fn": ones, "d": d})[1][1]
+    np.testing.assert_allclose(result.std["d"], 0.002 / (slope**2).sum(0).sqrt(), rtol=1e-4)
+
+
+def test_derived_deviation_is_conditional_too():
+    model = make_model("nexi")
+    data = noisy(model, draw(model, 200, 10), 1 / 50, 11)
+    result = fit(model, data, sigma=0.02)
+    at = result.maps["tex"] == 150.0
+    fn_free = ~np.isnan(result.std["fn"])
+    assert (at & fn_free).sum() > 5
+    np.testing.assert_allclose(
+        result.std["rn"][at & fn_free], result.std["fn"][at & fn_free] / 150, rtol=1e-5
+    )
+
+
+def test_as_many_parameters_as_measurements_leave_no_interval():
+    model = get_model("r2star")(GradientEchoScheme(echo_time=[0.004, 0.012]))
+    data = noisy(model, tissue(10, 12), 2.0, 13)
+    result = fit(model, data)
+    assert np.isnan(result.std["R2star"]).all()
+    assert "no sigma" in result.settings["note"]
+    np.testing.assert_allclose(result.maps["R2star"], np.log(data[0] / data[1]) / 0.008, rtol=1e-3)
+    given = fit(model, data, sigma=2.0)
+    assert np.isfinite(given.std["R2star"]).all()
+    assert "note" not in given.settings
+    with pytest.raises(ValueError, match="give sigma"):
+        fit(model, data, prior="weak")
+
+
+def test_maps_are_empty_where_a_derived_quantity_does_not_exist():
+    model = make_model("r2star")
+    data = np.linspace(1, 1.3, 8)[:, None] * np.ones(3)  # grows: R2* at its bound of 0
+    result = fit(model, data)
+    assert (result.maps["R2star"] == 0).all()
+    assert (result.flags & 2 > 0).all()
+    assert np.isnan(result.maps["T2star"]).all()
+
+
+@pytest.mark.parametrize("name", ["r2star", "despot1"])
+@pytest.mark.parametrize("given", [True, False])
+def test_95_percent_intervals_cover_95_percent(name, given):
+    model = make_model(name)
+    n = 12_000
+    rng = np.random.default_rng(14)
+    if name == "r2star":
+        params = tissue(n, 15)
+        sd = params["S0"].numpy() / 50
+    else:
+        m0 = rng.uniform(500, 1500, n)
+        params = {"M0": torch.tensor(m0), "R1": torch.tensor(rng.uniform(0.4, 2.0, n))}
+        sd = 0.05 * m0 / 50
+    inputs = draw_inputs(model, n, 16)
+    data = noisy(model, params, sd, 17, inputs)
+    maps = {k: v.numpy() for k, v in inputs.items()}
+    result = fit(model, data, sigma=sd if given else None, inputs=maps)
+    freedom = np.inf if given else result.settings["degrees_of_freedom"]
+    width = scipy.stats.t.ppf(0.975, freedom)
+    derived = model.derive(params)
+    for key, truth in (params | derived).items():
+        free = np.isfinite(result.std[key])
+        assert free.mean() > 0.99
+        inside = np.abs(result.maps[key] - truth.numpy()) < width * result.std[key]
+        assert 0.93 < inside[free].mean() < 0.97, key
+
+
+def test_linear_despot1_is_the_regression_and_covers():
+    model = make_model("despot1")
+    n = 6000
+    rng = np.random.default_rng(18)
+    params = {"M0": torch.full((n,), 800.0).double(), "R1": torch.tensor(rng.uniform(0.5, 1.5, n))}
+    inputs = draw_inputs(model, n, 19)
+    data = noisy(model, params, 0.2, 20, inputs)
+    b1 = inputs["b1"].numpy()
+    result = fit(model, data, inputs={"b1": b1}, solver="linear", sigma=0.2)
+    angle = np.deg2rad(model.scheme.flip_angle)[:, None] * b1
+    for i in range(0, n, 1000):
+        slope, intercept = np.polyfit(
+            data[:, i] / np.tan(angle[:, i]), data[:, i] / np.sin(angle[:, i]), 1
+        )
+        assert result.maps["T1"][i] == pytest.approx(-0.02 / np.log(slope), rel=1e-6)
+        assert result.maps["M0"][i] == pytest.approx(intercept / (1 - slope), rel=1e-6)
+    inside = np.abs(result.maps["R1"] - params["R1"].numpy()) < 1.96 * result.std["R1"]
+    assert 0.93 < inside.mean() < 0.97
+    assert result.settings["solver"] == "linear"
+
+
+def test_linear_despot1_without_a_solution_is_flagged():
+    model = make_model("despot1")
+    data = noisy(model, draw(model, 3, 21), 0.0, 22)
+    data[:, 1] = data[0, 1] * np.arange(1, 6) ** 2  # no T1 gives this
+    result = fit(model, data, solver="linear")
+    assert result.flags[1] & 8
+    assert np.isnan(result.maps["T1"][1])
+    assert (result.flags[[0, 2]] == 0).all()
+
+
+def test_nonlinear_despot1_of_exact_data_equals_the_linear_one():
+    model = make_model("despot1")
+    params = draw(model, 100, 23)
+    data = noisy(model, params, 0.0, 24)
+    both = [fit(model, data, solver=s, precision="float64") for s in ("lm", "linear")]
+    np.testing.assert_allclose(both[0].maps["T1"], both[1].maps["T1"], rtol=1e-5)
+    np.testing.assert_allclose(both[1].maps["R1"], params["R1"], rtol=1e-6)
+
+
+def test_prior_draws_estimates_in_and_lowers_their_error():
+    model = make_model("nexi")
+    params = draw(model, 300, 25)
+    data = noisy(model, params, 1 / 50, 26)
+    free, drawn = fit(model, data, sigma=0.02), fit(model, data, sigma=0.02, prior="weak")
+    for name in ("fn", "dn", "de"):
+        error = [
+            np.sqrt(np.nanmean((r.maps[name] - params[name].numpy()) ** 2)) for r in (free, drawn)
+        ]
+        assert error[1] < 0.7 * error[0]
+    assert sum(drawn.settings["at_bound"].values()) < sum(free.settings["at_bound"].values()) / 3
+    # Without sigma each voxel's own residuals set the weight of the prior.
+    residual = fit(model, data, prior="weak")
+    difference = np.abs(residual.maps["fn"] - drawn.maps["fn"])
+    assert np.nanmedian(difference) < 0.02
+    assert residual.settings["sigma"] == "residual"
+
+
+def test_progress_grows_to_the_number_of_voxels():
+    model = make_model("r2star")
+    calls = []
+    fit(
+        model,
+        noisy(model, tissue(500, 27), 3.0, 28),
+        block_size=120,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    done = [c[0] for c in calls]
+    assert done == sorted(set(done))
+    assert calls[-1] == (500, 500)
+    assert {c[1] for c in calls} == {500}
+
+
+def test_a_gpu_that_runs_out_of_memory_gets_smaller_blocks():
+    covered = np.zeros(20_000, int)
+    sizes = []
+
+    def work(start, stop):
+        sizes.append(stop - start)
+        if stop - start > 3000:
+            raise torch.cuda.OutOfMemoryError("too large")
+        covered[start:stop] += 1
+
+    for_blocks(20_000, 10_000, work)
+    assert (covered == 1).all()
+    assert sizes[:3] == [10_000, 5_000, 2_500]
+
+    def hopeless(start, stop):
+        raise torch.cuda.OutOfMemoryError("too small")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        for_blocks(20_000, 10_000, hopeless)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"solver": "adam"}, "no solver 'adam'; known are lm, linear"),
+        ({"solver": "linear"}, "line has no closed-form estimate"),
+        ({"noise": "rician"}, "'rician' is not available"),
+        ({"loss": "huber"}, "'huber' is not available"),
+        ({"prior": "strong"}, "'strong' is unknown"),
+        ({"prior": {"slope": (0, 1)}}, "names 'slope', which line does not fit"),
+        ({"prior": {"offset": (0, 0)}}, "sd positive"),
+        ({"precision": "half"}, "'half' is unknown"),
+        ({"device": "tpu"}, "'tpu' is unknown"),
+        ({"device": "cuda:99"}, "asked for but .*use 'auto' or 'cpu'"),
+        ({"mask": np.zeros(4)}, "holds no voxel"),
+        ({"mask": np.ones(5)}, r"mask has shape \(5,\).*grid \(4,\)"),
+        ({"sigma": -1.0}, "must be a positive number"),
+        ({"sigma": np.ones(3)}, r"sigma has shape \(3,\)"),
+        ({"inputs": {"b1": np.ones(4)}}, "no voxel input 'b1'; it has none"),
+        ({"starts": 0}, "at least 1"),
+        ({"block_size": 0}, "must be positive"),
+        ({"options": {"tolerance": 1}}, "no option 'tolerance'; known are .*ftol"),
+        ({"data": np.ones((3, 4))}, "expects 5 measurements"),
+        ({"data": np.ones((5, 4), complex)}, "fits real data"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    model = Line.of([0.1, 0.2, 0.3, 0.4, 0.5])
+    data = arguments.pop("data", np.ones((5, 4)))
+    with pytest.raises(ValueError, match=message):
+        fit(model, data, **arguments)
+
+
+def test_other_refusals():
+    with pytest.raises(ValueError, match="S0 is an amplitude and takes no prior"):
+        fit(make_model("r2star"), np.ones((8, 2)), prior={"S0": (1, 1)})
+    with pytest.raises(ValueError, match="takes no prior"):
+        fit(make_model("despot1"), np.ones((5, 2)), solver="linear", prior="weak")
+    with pytest.raises(ValueError, match="Voxel input b1 has shape"):
+        fit(make_model("despot1"), np.ones((5, 2)), inputs={"b1": np.ones(3)})
+    scheme = GradientEchoScheme(flip_angle=[5, 15, 25], repetition_time=[0.02, 0.02, 0.03])
+    with pytest.raises(ValueError, match=r"one repetition time .*0\.02 to 0\.03 s"):
+        fit(get_model("despot1")(scheme), np.ones((3, 2)), solver="linear")
+
+
+def test_device_names():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["r2star", "despot1", "mcmicro", "nexi"])
+def test_gpu_and_cpu_find_the_same_optimum(name):
+    model = make_model(name)
+    params, inputs = draw(model, 3000, 29), draw_inputs(model, 3000, 30)
+    data = noisy(model, params, 0.005, 31, inputs)
+    inputs = {k: v.numpy() for k, v in inputs.items()}
+    options = {"ftol": 1e-10, "xtol": 1e-8, "max_evaluations": 200}
+    cpu, gpu, small = (
+        fit(
+            model,
+            data,
+            inputs=inputs,
+            device=d,
+            precision="float64",
+            options=options,
+            block_size=b,
+        )
+        for d, b in (("cpu", None), ("cuda", None), ("cuda", 500))
+    )
+    for key in model.parameter_names:
+        scale = np.nanmedian(np.abs(cpu.maps[key]))
+        for other in (gpu, small):
+            close = np.abs(other.maps[key] - cpu.maps[key]) < 1e-4 * scale
+            assert close.mean() > 0.98
