@@ -48,7 +48,7 @@ def coverage_table(truth, out, model, parameters):
         for line in names:
             index, name = line.split("\t")[:2]
             here = (labels == int(index)) & ((flags & (1 | 4)) == 0)
-            known = here & np.isfinite(std)
+            known = here & np.isfinite(std) & np.isfinite(true)
             error = (value - true)[known]
             inside = np.abs(error) <= width * std[known]
             bound = 1 - known.sum() / here.sum()

@@ -173,17 +173,3 @@ def test_docker_and_apptainer_images_set_the_same_variables():
     assert apptainer.pop("BIDS_GACELLE_CONTAINER") == "apptainer"
     assert inside == apptainer
     assert "PYTHONNOUSERSITE" in inside
-
-
-def test_usage_names_every_option():
-    """A page about the command line that falls behind the command line is worse than none."""
-    from bids_gacelle.cli.parser import build_parser
-
-    usage = (ROOT / "docs" / "usage.md").read_text()
-    options = {
-        max(action.option_strings, key=len)
-        for action in build_parser()._actions
-        if action.option_strings and action.dest != "help"
-    }
-    missing = sorted(o for o in options if not re.search(rf"{re.escape(o)}(?![\w-])", usage))
-    assert not missing, missing

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from bids_gacelle.workflows.base import series_key
 
 from bids_gacelle.bids.discovery import Options, discover
 from bids_gacelle.bids.images import review_images
 from bids_gacelle.bids.queries import load_filter_file
-from bids_gacelle.bids.series import Finding, Job, Plan
+from bids_gacelle.bids.series import Job, Plan
 from bids_gacelle.interfaces.models import check_options, needs_of, select_models
 from bids_gacelle.settings import Settings
 
@@ -99,8 +98,12 @@ def table(jobs: Sequence[Job]) -> str:
     return "\n".join(lines)
 
 
-def say(findings: Iterable[Finding], log: Any) -> None:
-    """Log every finding once, errors first."""
+def say(plan: Plan, log: logging.Logger) -> None:
+    """Log the table of jobs and every finding that it does not already tell, errors first."""
+    log.info("What can be fitted:\n%s", table(plan.jobs))
+    told = {(j.series.subject, j.series.session, j.model): j.reason for j in plan.jobs if j.reason}
     order = list(LEVELS)
-    for finding in sorted(dict.fromkeys(findings), key=lambda f: order.index(f.severity)):
-        log.log(LEVELS[finding.severity], finding.message)
+    for finding in sorted(dict.fromkeys(plan.findings), key=lambda f: order.index(f.severity)):
+        reason = told.get((finding.subject, finding.session, finding.model))
+        if reason is None or reason not in finding.message:
+            log.log(LEVELS[finding.severity], finding.message)

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -18,7 +19,7 @@ from typing import Any, cast
 import nibabel as nib
 from bids_gacelle.workflows.base import init_participants_wf, series_key
 from bids_gacelle.workflows.outcome import outcomes, summary
-from bids_gacelle.workflows.plan import check_plan, eligible, make_plan, say, table
+from bids_gacelle.workflows.plan import check_plan, eligible, make_plan, say
 from bids_gacelle.workflows.plugin import GuardedMultiProcPlugin
 from nibabel.spatialimages import SpatialImage
 
@@ -42,9 +43,12 @@ OK, FAILED, NOTHING = 0, 1, 3
 def dry_run(settings: Settings) -> int:
     """Print what would be fitted and why the rest would not."""
     plan = make_plan(settings)
-    logging.basicConfig(format="%(levelname)-7s %(message)s", level=logging.INFO)
-    say(plan.findings, LOGGER)
-    print(table(plan.jobs))
+    LOGGER.addHandler(screen := logging.StreamHandler(sys.stdout))
+    LOGGER.setLevel(logging.INFO)
+    try:
+        say(plan, LOGGER)
+    finally:
+        LOGGER.removeHandler(screen)
     n = len(eligible(plan))
     print(f"{n} of {len(plan.jobs)} fits are possible.")
     return OK if n else NOTHING
@@ -87,8 +91,7 @@ def participant(settings: Settings, command: Sequence[str], level: int) -> int:
     started = time.perf_counter()
     try:
         plan = check_plan(plan)
-        say(plan.findings, LOGGER)
-        LOGGER.info("What is fitted:\n%s", table(plan.jobs))
+        say(plan, LOGGER)
         jobs = eligible(plan)
         resumed = [j for j in jobs if settings.resume and _unchanged(settings, j)]
         run["warnings"] = _warnings(plan)

@@ -109,11 +109,7 @@ def write_phantom(
         anatomy = make_anatomy(subject, session, resolution=resolution, seed=seed)
         head = Head(anatomy, subject, session, seed)
         made = [make_contrast(name, head, dwi_model) for name in contrasts]
-        labels = f"{subject:02d}", f"{session}" if sessions > 1 else ""
-        for contrast in made:
-            written += _write_images(Place(out, *labels), contrast, head, snr)
-            written += _write_truth(Place(out / TRUTH, *labels), contrast, anatomy)
-        written += _write_tissues(Place(out / TRUTH, *labels), anatomy, made)
+        written += _write_session(out, head, made, snr, f"{session}" if sessions > 1 else "")
     return written
 
 
@@ -206,6 +202,18 @@ def _write_root(out: Path, subjects: int, options: str) -> None:
     write_json(out / TRUTH / "dataset_description.json", truth | links)
     write_text(out / TRUTH / "README.md", _TRUTH_README)
     write_text(out / TRUTH / ".bidsignore", "\n".join(IGNORED) + "\n")
+
+
+def _write_session(
+    out: Path, head: Head, contrasts: list[Contrast], snr: float, session: str
+) -> list[Path]:
+    """Write everything about one session, named `session` ("" for no name)."""
+    raw, truth = (Place(root, f"{head.subject:02d}", session) for root in (out, out / TRUTH))
+    written = []
+    for contrast in contrasts:
+        written += _write_images(raw, contrast, head, snr)
+        written += _write_truth(truth, contrast, head.anatomy)
+    return written + _write_tissues(truth, head.anatomy, contrasts)
 
 
 def _write_images(place: Place, contrast: Contrast, head: Head, snr: float) -> list[Path]:

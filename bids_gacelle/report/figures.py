@@ -41,7 +41,7 @@ FLAGS = (
     (4, "unusable input", "#d55e00"),
     (8, "not converged", "#cc79a7"),
     (32, "excluded by a plausibility rule", "#f0e442"),
-    (2, "parameter at a bound", "#e69f00"),
+    (2, "a parameter at a bound", "#e69f00"),
     (16, "several minima of similar depth", "#56b4e9"),
     (0, "ok", "#4b5563"),
 )
@@ -226,8 +226,14 @@ def colour_map(name: str) -> Colormap:
 
 
 def nice_limit(values: np.ndarray, share: float = 98.0) -> float:
-    """Choose a round upper end for a window that holds ``share`` percent of the values."""
-    top = float(np.percentile(values, share)) if values.size else 0.0
+    """Choose a round upper end for a window that holds ``share`` percent of the values.
+
+    It ends at six times the median if that comes first.
+    """
+    if not values.size:
+        return 1.0
+    # A long tail (cerebrospinal fluid, mostly) would leave the rest of the brain in the dark.
+    top = min(float(np.percentile(values, share)), 6 * float(np.median(values)) or np.inf)
     if not top > 0:
         return 1.0
     power = 10.0 ** np.floor(np.log10(top))
@@ -531,22 +537,22 @@ def draw_example(
         axes.plot(x[chosen], data[chosen], mfc="white", label=group, **style)
         residual_axes.vlines(x[chosen], 0, (data - fitted)[chosen], color=colour, lw=1)
         residual_axes.plot(x[chosen], (data - fitted)[chosen], mfc=colour, **(style | {"ms": 3.5}))
-    _finish_example(axes, residual_axes, x, data - fitted, plot, legend=groups != [""])
+    _finish_example(axes, residual_axes, data - fitted, plot, legend=groups != [""])
     return render(figure, alt)
 
 
 def _finish_example(
     axes: Any,
     residual_axes: Any,
-    x: np.ndarray,
     residual: np.ndarray,
     plot: dict[str, Any],
     *,
     legend: bool,
 ) -> None:
-    pad = 0.05 * (np.ptp(x) or 1.0)
+    drawn = np.concatenate([np.asarray(line.get_xdata(), float) for line in axes.lines])
+    pad = 0.03 * (np.ptp(drawn) or 1.0)
     for each in (axes, residual_axes):
-        each.set_xlim(x.min() - pad, x.max() + pad)
+        each.set_xlim(drawn.min() - pad, drawn.max() + pad)
         each.xaxis.set_major_locator(MaxNLocator(6))
     axes.tick_params(labelbottom=False)
     axes.yaxis.set_major_locator(MaxNLocator(5))

@@ -370,7 +370,8 @@ class _Builder:
                 }
                 for model, entries in seen.items()
             ],
-            "warnings": list(warnings),
+            # The page has its own, stronger words for raw diffusion images.
+            "warnings": [w for w in warnings if not (raw_dwi and "without preprocessing" in w)],
             "unprocessed": raw_dwi,
         }
 
@@ -451,6 +452,7 @@ class _Builder:
             "label": label,
             "unit": text.unit(cmixf),
             "item": _MAP | item,
+            "bounds_text": text.interval(item.get("bounds"), cmixf),
         }
 
         def load(kind: str, relative: str | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ ROI_TITLES = {
     "weighted_mean": "mean weighted by 1/SD²",
     "n_voxels": "voxels in ROI",
 }
-_LISTED = 8
+_LISTED = 16
 
 
 def acquisition_values(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -94,7 +94,7 @@ def acquisition_lists(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _grouped(values: list[float]) -> list[tuple[float, str]]:
     """Each value as (representative, label); close values share one when there are many."""
     distinct = sorted(set(values))
-    if len(distinct) <= 2 * _LISTED:
+    if len(distinct) <= _LISTED:
         return [(v, text.number(v, 5)) for v in values]
     gap = 0.02 * max(abs(distinct[0]), abs(distinct[-1]))
     clusters: list[list[float]] = [[distinct[0]]]

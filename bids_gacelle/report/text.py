@@ -68,6 +68,19 @@ def number(value: Any, digits: int = 4) -> str:
     return text.replace("-", "\N{MINUS SIGN}", 1) if result < 0 else text
 
 
+def interval(ends: Any, cmixf: str) -> str:
+    """Write ``low to high unit``; an end that is None or infinite is open."""
+    low, high = (finite(end) for end in ends or (None, None))
+    words = {
+        (True, True): f"{number(low)} to {number(high)}",
+        (True, False): f"at least {number(low)}",
+        (False, True): f"at most {number(high)}",
+        (False, False): "none",
+    }
+    shown = words[low is not None, high is not None]
+    return f"{shown} {unit(cmixf)}".strip() if shown != "none" else shown
+
+
 def count(value: Any) -> str:
     """Write an integer with thin spaces between thousands."""
     result = finite(value)
@@ -77,7 +90,7 @@ def count(value: Any) -> str:
 
 
 def percent(value: Any) -> str:
-    """Write a fraction as a percentage; small but not zero shows as ``< 0.1 %``."""
+    """Write a fraction as a percentage, almost none and all as ``< 0.1 %``, ``> 99.9 %``."""
     result = finite(value)
     if result is None:
         return "n/a"
@@ -85,6 +98,8 @@ def percent(value: Any) -> str:
         return "< 0.1\N{NARROW NO-BREAK SPACE}%"
     if result in (0, 1):
         return f"{100 * result:.0f}\N{NARROW NO-BREAK SPACE}%"
+    if 0.9995 <= result < 1:
+        return "> 99.9\N{NARROW NO-BREAK SPACE}%"
     return f"{100 * result:.1f}\N{NARROW NO-BREAK SPACE}%"
 
 

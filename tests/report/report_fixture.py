@@ -544,7 +544,7 @@ def write_model(
         "flags": save(spec.datatype, f"desc-{spec.model}fitflag_dseg", flags, np.uint8),
         "flag_counts": {
             "ok": int((inside == 0).sum()),
-            "parameter at a bound": int((inside & 2 > 0).sum()),
+            "a parameter at a bound": int((inside & 2 > 0).sum()),
             "unusable input": int((inside & 4 > 0).sum()),
             "not converged": int((inside & 8 > 0).sum()),
             "several minima of similar depth": 0,

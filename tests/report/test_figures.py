@@ -228,7 +228,7 @@ def test_flag_map_shows_the_most_serious_flag(tmp_path):
         name: (np.abs(image - 255 * np.array(to_rgb(c))).sum(-1) < 4).sum()
         for _, name, c in figures.FLAGS
     }
-    assert area["unusable input"] > 20 * area["parameter at a bound"] > 0  # the legend only
+    assert area["unusable input"] > 20 * area["a parameter at a bound"] > 0  # the legend only
     assert 0.7 < area["unusable input"] / area["ok"] < 1.4
 
 
@@ -272,6 +272,11 @@ def test_histogram_and_example_draw_what_they_are_given():
 )
 def test_nice_limit_is_round_and_large_enough(top, expected):
     assert figures.nice_limit(np.full(50, top)) == pytest.approx(expected)
+
+
+def test_nice_limit_is_not_led_by_a_long_tail():
+    values = np.r_[np.full(90, 0.002), np.full(10, 0.4)]
+    assert figures.nice_limit(values) == pytest.approx(0.015)
 
 
 def test_unreadable_geometry_is_refused(tmp_path):

@@ -267,6 +267,27 @@ def test_a_manifest_with_next_to_nothing_still_gives_a_page(tmp_path):
     assert "expected pieces are missing" in words(tree)
 
 
+def test_unusable_voxels_count_for_nothing_though_the_file_holds_zero(broken):
+    out, manifest, build = broken
+    path, flag_path = out / manifest["maps"][0]["file"], out / manifest["flags"]
+    flags = nib.load(flag_path)
+    marked = np.asarray(flags.dataobj).copy()
+    image = nib.load(path)
+    values = np.asarray(image.dataobj).copy()
+    chosen = (marked == 0) & (np.cumsum(marked == 0).reshape(marked.shape) % 3 > 0)
+    marked[chosen], values[chosen] = 4, -1000
+    nib.save(nib.Nifti1Image(values, image.affine), path)
+    build()
+    colder = (out / "sub-01.html").read_text()
+    nib.save(nib.Nifti1Image(marked, flags.affine), flag_path)
+    build()
+    masked = (out / "sub-01.html").read_text()
+    values[chosen] = 0
+    nib.save(nib.Nifti1Image(values, image.affine), path)
+    build()
+    assert masked == (out / "sub-01.html").read_text() != colder
+
+
 def test_an_empty_mask_is_said(broken):
     out, manifest, build = broken
     path = out / manifest["mask"]["file"]

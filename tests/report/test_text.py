@@ -65,9 +65,21 @@ def test_estimates_show_two_digits_of_their_sd(value, deviation, shown):
     assert text.estimate(value, deviation) == shown
 
 
+def test_intervals_may_be_open():
+    assert text.interval([0.1, 3.5], "um^2/ms") == "0.1 to 3.5 µm²/ms"
+    assert text.interval([0, None], "1/s") == "at least 0 1/s"
+    assert text.interval([None, math.inf], "s") == text.interval(None, "s") == "none"
+
+
+def test_axis_labels_get_readable_units():
+    assert text.axis_label("b (ms/um^2)") == "b (ms/µm²)"
+    assert text.axis_label("Signal (up to scale) of us") == "Signal (up to scale) of us"
+
+
 def test_percentages_durations_and_order():
     assert text.percent(0.0004) == "< 0.1\N{NARROW NO-BREAK SPACE}%"
     assert text.percent(0) == "0\N{NARROW NO-BREAK SPACE}%"
+    assert text.percent(0.9999) == "> 99.9\N{NARROW NO-BREAK SPACE}%"
     assert text.percent(0.1234) == "12.3\N{NARROW NO-BREAK SPACE}%"
     assert [text.seconds(s) for s in (1.234, 16.42, 200, 7500)] == [
         "1.2 s",
