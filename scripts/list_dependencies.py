@@ -1,4 +1,4 @@
-"""Print the dependencies that pyproject.toml declares, with those of the extras named as arguments."""
+"""Print the dependencies in pyproject.toml and those of the extras named as arguments."""
 
 import sys
 import tomllib

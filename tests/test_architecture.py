@@ -70,7 +70,7 @@ TREES = {name: ast.parse(path.read_text(), path) for name, path in MODULES.items
 
 
 def imports(name: str) -> Iterator[tuple[str, int]]:
-    """Full names that a module imports anywhere in its text, with the line; modules where known."""
+    """Names that a module imports anywhere in its text, in full, with the line."""
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
@@ -87,7 +87,7 @@ def imports(name: str) -> Iterator[tuple[str, int]]:
 
 def part(name: str) -> str:
     """The part of the house that a module of ours belongs to; "" for the package itself."""
-    return (name.split(".") + [""])[1]
+    return [*name.split("."), ""][1]
 
 
 def test_the_walk_sees_the_whole_package():

@@ -57,7 +57,9 @@ def coverage_table(truth, out, model, parameters):
 
 
 def show(model, rows):
-    print(f"\n{model}: tissue, parameter, bias, coverage of the 95 % interval, voxels, no interval")
+    print(
+        f"\n{model}: tissue, parameter, bias, coverage of the 95 % interval, voxels, no interval"
+    )
     for name, parameter, bias, covered, n, bound in rows:
         print(f"  {name:22} {parameter:7} {bias:+10.4f} {covered:7.1%} {n:7d} {bound:7.1%}")
 

@@ -123,7 +123,7 @@ def fit(
             "measurements: give sigma."
         )
     tuning = _tune(model.starts if starts is None else starts, seed, options)
-    tuning = replace(tuning, compiled=compile_wanted(study.n * tuning.starts, place))
+    tuning = replace(tuning, compiled=compile_wanted(model, study.n * tuning.starts, place))
     fitter = _Fitter(model, objective, run, _PRECISIONS[precision], place, tuning)
     maps = Maps(model, study.n)
     with torch.no_grad(), _full_float32():

@@ -19,8 +19,6 @@ from bids_gacelle.engine.objective import Objective
 logger = logging.getLogger(__name__)
 
 COMPILE_VARIABLE = "BIDS_GACELLE_COMPILE"
-# Compiling costs 20 to 60 s; eager fits spend 10 to 200 us on a voxel and start.
-COMPILE_FROM = 200_000
 
 
 class Voxels(NamedTuple):
@@ -189,13 +187,15 @@ class Kernel:
         return NormalEquations(cost, gradient, hessian)
 
 
-def compile_wanted(evaluations: int, device: torch.device) -> bool:
+def compile_wanted(model: SignalModel, fits: int, device: torch.device) -> bool:
     """Tell whether to compile: the environment variable decides, "auto" weighs cost and gain.
 
     Parameters
     ----------
-    evaluations
-        Voxels times starts of the whole fit.
+    model
+        Says from what size on compiling it pays.
+    fits
+        Voxels times starts of the whole problem.
     device
         Where the fit runs.
 
@@ -209,7 +209,7 @@ def compile_wanted(evaluations: int, device: torch.device) -> bool:
         raise ValueError(f"{COMPILE_VARIABLE} is {choice!r}; it must be never, auto or always.")
     if choice != "auto":
         return choice == "always"
-    if evaluations < COMPILE_FROM:
+    if fits < model.compile_from:
         return False
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
     if device.type == "cuda":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bids_gacelle.engine import fit
-from bids_gacelle.engine.kernels import COMPILE_FROM, COMPILE_VARIABLE, compile_wanted
+from bids_gacelle.engine.kernels import COMPILE_VARIABLE, compile_wanted
 
 from .helpers import draw, make_model, noisy
 
@@ -23,19 +23,21 @@ def data():
 
 
 def test_switch(monkeypatch):
+    model = make_model("nexi")
+    many = model.compile_from
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setenv(COMPILE_VARIABLE, "never")
-    assert not compile_wanted(10 * COMPILE_FROM, CPU)
+    assert not compile_wanted(model, many, CPU)
     monkeypatch.setenv(COMPILE_VARIABLE, "always")
-    assert compile_wanted(1, CPU)
+    assert compile_wanted(model, 1, CPU)
     monkeypatch.setenv(COMPILE_VARIABLE, "auto")
-    assert not compile_wanted(10 * COMPILE_FROM, CPU)  # no compiler
+    assert not compile_wanted(model, many, CPU)  # no compiler
     monkeypatch.setattr(shutil, "which", lambda name: "/somewhere/" + name)
-    assert compile_wanted(10 * COMPILE_FROM, CPU)
-    assert not compile_wanted(COMPILE_FROM - 1, CPU)
+    assert compile_wanted(model, many, CPU)
+    assert not compile_wanted(model, many - 1, CPU)
     monkeypatch.setenv(COMPILE_VARIABLE, "yes")
     with pytest.raises(ValueError, match="never, auto or always"):
-        compile_wanted(1, CPU)
+        compile_wanted(model, 1, CPU)
 
 
 def test_failed_compilation_costs_one_line_and_nothing_else(data, monkeypatch, caplog):

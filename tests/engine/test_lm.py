@@ -52,7 +52,7 @@ def test_r2star_agrees_with_scipy():
 @pytest.mark.parametrize(("name", "snr"), [("mcmicro", 100), ("nexi", 50)])
 def test_cost_is_that_of_scipy_or_lower(name, snr):
     model = make_model(name)
-    params = draw(model, 60, 3)
+    params = draw(model, 40, 3)
     data = noisy(model, params, 1 / snr, 4)
     data = data[:, data[0] > 0]
     result = fit(model, data)

@@ -100,10 +100,12 @@ class SignalModel(ABC):
         Smallest number of echoes, flip angles or shells.
     voxel_inputs, input_defaults
         Names of maps the signal depends on (such as b1), and the value when none is given.
-    options
-        Constructor options with their defaults.
+    options, required
+        Constructor options with their defaults; columns the acquisition must have.
     starts
         Number of starts the fit uses unless told otherwise.
+    compile_from
+        Voxels times starts from which compiling the fit pays for its 20 to 60 s.
     parameters, derived
         What is fitted, in order; what is computed from it.
     """
@@ -123,6 +125,7 @@ class SignalModel(ABC):
     options: ClassVar[dict[str, Any]] = {}
     required: ClassVar[tuple[str, ...]] = ()
     starts: ClassVar[int] = 1
+    compile_from: ClassVar[int] = 300_000
     parameters: tuple[Parameter, ...]
     derived: tuple[Parameter, ...] = ()
 
