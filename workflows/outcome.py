@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bids_gacelle.workflows.plan import blocked_by_error
-
 from bids_gacelle.bids.output import missing_outputs
 from bids_gacelle.bids.series import Job, Plan
 from bids_gacelle.settings import Settings
+from bids_gacelle.workflows.plan import blocked_by_error
 
 KILLED = (
     "its process ended without a message, probably killed for want of memory; give fewer "

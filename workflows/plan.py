@@ -6,14 +6,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bids_gacelle.workflows.base import series_key
-
 from bids_gacelle.bids.discovery import Options, discover
 from bids_gacelle.bids.images import review_images
 from bids_gacelle.bids.queries import load_filter_file
 from bids_gacelle.bids.series import Job, Plan
 from bids_gacelle.interfaces.models import check_options, needs_of, select_models
 from bids_gacelle.settings import Settings
+from bids_gacelle.workflows.base import series_key
 
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
 

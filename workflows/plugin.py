@@ -14,18 +14,22 @@ from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
 
 from bids_gacelle.interfaces.base import start_logging
 
-class GuardedMultiProcPlugin(MultiProcPlugin):  # type: ignore[misc]
+
+class GuardedMultiProcPlugin(MultiProcPlugin):
     """MultiProc in which a killed worker (out of memory) is a crash of its node, not a hang.
 
     A pool of processes is lost as a whole when one of its workers is killed. Nipype then waits for
     results that never come; here what was running is started once more, each node in a process
-    of its own, and a node that dies again is reported as crashed. ``plugin_args["run"]`` names the log that the workers write to.
+    of its own, and a node that dies again is reported as crashed. ``plugin_args["run"]`` names the
+    log that the workers write to.
     """
+
+    pool: ProcessPoolExecutor
 
     def __init__(self, plugin_args: dict[str, Any] | None = None) -> None:
         super().__init__(plugin_args)
         self._pool_lock = threading.Lock()
-        self.pool.shutdown()  # never used: its workers would not know our log
+        self.pool.shutdown()  # its workers would not know our log
         self.pool = self._new_pool(self.processors)
 
     def _submit_job(self, node: Any, updatehash: bool = False) -> int:
@@ -51,7 +55,9 @@ class GuardedMultiProcPlugin(MultiProcPlugin):  # type: ignore[misc]
         else:
             self._settled(taskid, None, future)
 
-    def _settled(self, taskid: int, alone: ProcessPoolExecutor | None, future: Future[Any]) -> None:
+    def _settled(
+        self, taskid: int, alone: ProcessPoolExecutor | None, future: Future[Any]
+    ) -> None:
         error = future.exception()
         if error is None:
             self._taskresult[taskid] = future.result()

@@ -17,10 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import nibabel as nib
-from bids_gacelle.workflows.base import init_participants_wf, series_key
-from bids_gacelle.workflows.outcome import outcomes, summary
-from bids_gacelle.workflows.plan import check_plan, eligible, make_plan, say
-from bids_gacelle.workflows.plugin import GuardedMultiProcPlugin
 from nibabel.spatialimages import SpatialImage
 
 from bids_gacelle import __version__
@@ -34,8 +30,12 @@ from bids_gacelle.group import merge_tables
 from bids_gacelle.interfaces.base import LOGGER, start_logging, stop_logging
 from bids_gacelle.interfaces.models import resolve_device
 from bids_gacelle.interfaces.provenance import fit_hash
-from bids_gacelle.interfaces.report import reported_subjects, write_report
+from bids_gacelle.interfaces.report import reported_subjects, write_citations, write_report
 from bids_gacelle.settings import Settings
+from bids_gacelle.workflows.base import init_participants_wf, series_key
+from bids_gacelle.workflows.outcome import outcomes, summary
+from bids_gacelle.workflows.plan import check_plan, eligible, make_plan, say
+from bids_gacelle.workflows.plugin import GuardedMultiProcPlugin
 
 OK, FAILED, NOTHING = 0, 1, 3
 
@@ -215,6 +215,7 @@ def _finish(
                 "The report of sub-%s could not be made: %s", subject, error, exc_info=True
             )
             status.append({"subject": subject, "status": "failed", "reason": f"report: {error}"})
+    write_citations(settings.output_dir)
     failed = [s for s in status if s["status"] == "failed"]
     _tidy_crashes(run, failed)
     for record in failed:

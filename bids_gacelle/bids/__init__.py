@@ -1,0 +1,1 @@
+"""What is in the dataset, what we name, what we write. Knows nothing of torch."""

@@ -28,9 +28,9 @@ _UNREADABLE = (EOFError, ImageFileError, HeaderDataError, OSError, ValueError, z
 # with the same shape and corners this many voxels apart, voxel for voxel is what was meant.
 _MASK_TOLERANCE = 2.0
 _ROUNDED = (
-    "the affine of the mask `{path}` puts a corner of the volume {apart:.2g} voxels from where the "
-    "images have it; the shapes agree, so the mask is taken voxel for voxel. Look at it in the "
-    "report."
+    "the affine of the mask `{path}` puts a corner of the volume {apart:.2g} voxels from where "
+    "the images have it; the shapes agree, so the mask is taken voxel for voxel. Look at it in "
+    "the report."
 )
 
 

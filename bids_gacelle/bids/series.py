@@ -102,9 +102,9 @@ class Series:
     atlases: tuple[Atlas, ...] = ()
     preprocessed: bool = False
     spatial_reference: str = ""
-    """BIDS URI of the image that defines a non-standard ``space`` ("" when unknown or native)."""
+    """URI of the image that defines a non-standard ``space`` ("" when unknown or native)."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Constant acquisition fields copied to sidecars (MagneticFieldStrength, Manufacturer, ...)."""
+    """Constant acquisition fields copied to sidecars (MagneticFieldStrength, ...)."""
 
     @property
     def label(self) -> str:
@@ -123,6 +123,7 @@ class Job:
 
     @property
     def eligible(self) -> bool:
+        """Whether the model can be fitted."""
         return not self.reason
 
 
@@ -133,7 +134,7 @@ class Plan:
     jobs: tuple[Job, ...]
     findings: tuple[Finding, ...]
     datasets: dict[str, str]
-    """Name of each dataset used in BIDS URIs (``raw``, and the ``--derivatives`` names) -> path."""
+    """Name of each dataset in BIDS URIs (``raw``, the ``--derivatives`` names) -> path."""
 
 
 def to_json(value: Any) -> Any:
@@ -157,7 +158,9 @@ def series_from_json(data: dict[str, Any]) -> Series:
 
 
 def _sourced(data: dict[str, Any] | None) -> Sourced | None:
-    return data and Sourced(tuple(data["values"]), data["unit"], tuple(data["sources"]))
+    if data is None:
+        return None
+    return Sourced(tuple(data["values"]), data["unit"], tuple(data["sources"]))
 
 
 def _dwi_run(data: dict[str, Any]) -> DwiRun:

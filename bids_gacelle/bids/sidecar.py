@@ -165,7 +165,7 @@ def estimation_text(settings: Mapping[str, Any]) -> str:
         if prior:
             words.append(f"{prior} prior" if isinstance(prior, str) else "prior as given in Model")
         if starts := settings.get("starts"):
-            words.append(f"{starts} starts")
+            words.append(f"{starts} start" + "s" * (starts > 1))
     return ", ".join(word for word in words if word)
 
 

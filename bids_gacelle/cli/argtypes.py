@@ -79,7 +79,7 @@ def positive_int(text: str) -> int:
 
 
 def model_option(text: str) -> tuple[str, str, Any]:
-    """``model.option=value``; the value is read as a number or true/false where it looks like one."""
+    """``model.option=value``; a value that looks like a number or true/false becomes one."""
     match = re.fullmatch(r"([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)=(.+)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"'{text}': write MODEL.OPTION=VALUE, e.g. nexi.l_max=2")

@@ -15,8 +15,8 @@ from bids_gacelle.settings import Settings, read_config
 EPILOG = """\
 exit codes:
   0  all maps asked for were written      3  nothing in the dataset can be fitted
-  1  a subject or model failed            4  the input dataset is not valid BIDS
-  2  the command line is wrong            70 an error inside bids-gacelle
+  1  a subject or model failed            70 an error inside bids-gacelle
+  2  the command line is wrong
 
 examples:
   bids-gacelle DATA DATA/derivatives/bids_gacelle participant --models r2star,despot1
@@ -124,7 +124,7 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         action="extend",
         type=argtypes.named_path,
         metavar="NAME=FILE",
-        help="segmentation on the grid of the maps for the ROI tables; labels from the .tsv beside it",
+        help="segmentation on the grid of the maps, for ROI tables; names from the .tsv beside it",
     )
     group.add_argument(
         "--combine-dwi",
@@ -176,7 +176,7 @@ def _fit(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--solver",
         choices=("lm", "linear"),
-        help="lm: Levenberg-Marquardt (default); linear: the closed form, for models that have one",
+        help="lm: Levenberg-Marquardt (default); linear: the closed form, where a model has one",
     )
     group.add_argument(
         "--prior",

@@ -6,10 +6,11 @@ Knows nothing of BIDS, Nipype or files, and needs torch and numpy only.
 from bids_gacelle.engine.fit import fit
 from bids_gacelle.engine.models import Parameter, Reference, SignalModel, get_model, list_models
 from bids_gacelle.engine.prepare import DwiVolumes, PreparedDwi, prepare_dwi
-from bids_gacelle.engine.result import FitResult
+from bids_gacelle.engine.result import FLAG_NAMES, FitResult
 from bids_gacelle.engine.scheme import DiffusionScheme, GradientEchoScheme
 
 __all__ = [
+    "FLAG_NAMES",
     "DiffusionScheme",
     "DwiVolumes",
     "FitResult",

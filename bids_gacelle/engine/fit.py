@@ -242,7 +242,12 @@ def _tune(starts: int, seed: int, options: Mapping[str, Any] | None) -> Settings
     unknown = sorted(set(options or {}) - known)
     if unknown:
         raise ValueError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
-    return Settings(starts=starts, seed=seed, **(options or {}))
+    settings = Settings(starts=starts, seed=seed, **(options or {}))
+    if settings.dictionary < starts:
+        raise ValueError(
+            f"A dictionary of {settings.dictionary} entries cannot give {starts} starts."
+        )
+    return settings
 
 
 @contextmanager

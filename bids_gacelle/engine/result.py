@@ -22,6 +22,14 @@ FLAG_UNUSABLE = 4
 FLAG_NOT_CONVERGED = 8
 FLAG_SEVERAL_MINIMA = 16
 FLAG_IMPLAUSIBLE = 32
+FLAG_NAMES = {
+    FLAG_OUTSIDE: "outside the mask",
+    FLAG_AT_BOUND: "parameter at a bound",
+    FLAG_UNUSABLE: "unusable input",
+    FLAG_NOT_CONVERGED: "not converged",
+    FLAG_SEVERAL_MINIMA: "several minima of similar depth",
+    FLAG_IMPLAUSIBLE: "excluded by a plausibility rule",
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,7 @@ class FitResult:
         Estimate and standard deviation of every parameter and derived quantity, float32 (*grid);
         NaN outside the mask and where there is none (a standard deviation also at a bound).
     flags
-        uint8 (*grid): 0 ok, 1 outside the mask, 2 a parameter at a bound, 4 unusable input,
-        8 not converged, 16 several minima of similar depth, 32 implausible.
+        uint8 (*grid): 0 ok, else the sum of the bits in `FLAG_NAMES`.
     nrmse
         float32 (*grid): root mean squared residual over root mean squared data.
     trace

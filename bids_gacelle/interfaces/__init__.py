@@ -1,0 +1,1 @@
+"""Nipype interfaces that join engine, bids, spatial and report."""

@@ -16,7 +16,7 @@ from bids_gacelle.settings import Settings
 LOGGER = logging.getLogger("bids_gacelle")
 
 
-class StepInputSpec(BaseInterfaceInputSpec):  # type: ignore[misc]
+class StepInputSpec(BaseInterfaceInputSpec):
     """Inputs of every node."""
 
     settings = traits.Dict(mandatory=True, desc="the run's settings, as Settings.to_dict gives")
@@ -24,7 +24,7 @@ class StepInputSpec(BaseInterfaceInputSpec):  # type: ignore[misc]
     series = traits.Dict(mandatory=True, desc="a bids.series.Series as JSON data")
 
 
-class Step(SimpleInterface):  # type: ignore[misc]
+class Step(SimpleInterface):
     """A node whose failure is written down where the parent process finds it.
 
     Subclasses implement ``work(settings, cwd) -> dict`` of outputs.

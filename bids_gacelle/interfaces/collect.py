@@ -20,7 +20,7 @@ from bids_gacelle.spatial.masks import load_mask, quick_mask
 from bids_gacelle.spatial.motion import displacement
 
 
-class _CollectOutputSpec(TraitedSpec):  # type: ignore[misc]
+class _CollectOutputSpec(TraitedSpec):
     collected = traits.Dict(desc="volumes, reference (paths), reference_label, warnings")
 
 
@@ -60,7 +60,7 @@ class _MaskInputSpec(StepInputSpec):
     collected = traits.Dict(mandatory=True)
 
 
-class _MaskOutputSpec(TraitedSpec):  # type: ignore[misc]
+class _MaskOutputSpec(TraitedSpec):
     mask = traits.Dict(desc="file (npy), origin, sources, n_voxels")
 
 

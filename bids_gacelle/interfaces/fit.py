@@ -35,7 +35,7 @@ class _FitInputSpec(StepInputSpec):
     use_gpu = traits.Bool(False, usedefault=True, desc="tells Nipype that this node takes a GPU")
 
 
-class _FitOutputSpec(TraitedSpec):  # type: ignore[misc]
+class _FitOutputSpec(TraitedSpec):
     fitted = traits.Dict(desc="file (npz), settings, examples, plot")
 
 
@@ -79,7 +79,7 @@ def build_model(name: str, settings: Settings, prepared: dict[str, Any]) -> tupl
     """The model for the prepared scheme, and the rows of the signals that it describes."""
     own, _ = split_options(name, settings.model_options.get(name, {}))
     model = get_model(name)(scheme_from_json(prepared["scheme"]), **own)
-    # Rotational invariants follow each other by order, so a model of a lower l_max takes the first.
+    # Invariants follow each other by order, so a model of a lower l_max takes the first ones.
     return model, np.load(prepared["signals"], mmap_mode="r")[: model.n_measurements]
 
 
@@ -136,7 +136,7 @@ def _announce(title: str, call: Callable[..., FitResult], data: np.ndarray) -> N
 
 
 def _progress(title: str) -> Callable[[int, int], None]:
-    """A bar on a terminal, else a line for every 10 %, but not more often than every few seconds."""
+    """A bar on a terminal, else a line for every 10 %, some seconds apart at least."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 

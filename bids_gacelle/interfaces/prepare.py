@@ -26,7 +26,7 @@ class _PrepareInputSpec(StepInputSpec):
     l_max = traits.Int(0, usedefault=True, desc="highest rotational invariant any model asks for")
 
 
-class _PrepareOutputSpec(TraitedSpec):  # type: ignore[misc]
+class _PrepareOutputSpec(TraitedSpec):
     prepared = traits.Dict(desc="signals, sigma, inputs (npy paths), scheme, warnings")
 
 

@@ -155,7 +155,8 @@ def methods_text(series: Series, model: Any, fitted: dict[str, Any], mask: dict[
     sigma = (
         "the noise estimated from repeated b = 0 images and residuals of the angular fit"
         if done.get("sigma") == "given"
-        else f"the residual variance of each voxel ({done.get('degrees_of_freedom')} degrees of freedom)"
+        else "the residual variance of each voxel "
+        f"({done.get('degrees_of_freedom')} degrees of freedom)"
     )
     b1 = " Flip angles were corrected with the B1 map." if series.b1_map is not None else ""
     return (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bids_gacelle import __version__
+from bids_gacelle.bids.output import write_text
 from bids_gacelle.report import build_subject_report
 
 LOG_LINES = 40
@@ -19,15 +20,37 @@ def reported_subjects(out_dir: Path) -> list[str]:
     return sorted({p.relative_to(out_dir).parts[0].removeprefix("sub-") for p in manifests})
 
 
+def write_citations(out_dir: Path) -> None:
+    """Write ``logs/CITATION.{md,bib}``: what to cite for all maps that are in the folder."""
+    found: dict[str, dict[str, str]] = {}
+    for subject in reported_subjects(out_dir):
+        for manifest in _manifests(out_dir, subject):
+            found |= {r["key"]: r for r in manifest["references"]}
+    ordered = [found[key] for key in sorted(found)]
+    listed = "".join(f"- {r['text']} https://doi.org/{r['doi']}\n" for r in ordered)
+    entries = "".join(
+        f"@article{{{r['key']},\n  note = {{{r['text']}}},\n  doi = {{{r['doi']}}}\n}}\n"
+        for r in ordered
+    )
+    if ordered:
+        write_text(out_dir / "logs/CITATION.md", f"If you use these maps, cite:\n\n{listed}")
+        write_text(out_dir / "logs/CITATION.bib", entries)
+
+
 def write_report(out_dir: Path, subject: str) -> Path:
     """Build ``sub-<subject>.html`` from the manifests and the latest run of the subject."""
-    folder = out_dir / f"sub-{subject}"
-    paths = sorted(
-        [*folder.glob("figures/*_manifest.json"), *folder.glob("ses-*/figures/*_manifest.json")]
-    )
-    manifests = [json.loads(path.read_text()) for path in paths]
     status, run = _latest(out_dir, subject)
-    return build_subject_report(out_dir, subject, manifests, status, run)
+    return build_subject_report(out_dir, subject, _manifests(out_dir, subject), status, run)
+
+
+def _manifests(out_dir: Path, subject: str) -> list[dict[str, Any]]:
+    """Read what the node that writes maps left for the reports of a subject."""
+    folder = out_dir / f"sub-{subject}"
+    paths = [
+        *folder.glob("figures/*_manifest.json"),
+        *folder.glob("ses-*/figures/*_manifest.json"),
+    ]
+    return [json.loads(path.read_text()) for path in sorted(paths)]
 
 
 def _latest(out_dir: Path, subject: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:

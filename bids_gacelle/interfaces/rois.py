@@ -33,7 +33,7 @@ class _RoiInputSpec(StepInputSpec):
     fitted = traits.Dict(mandatory=True)
 
 
-class _RoiOutputSpec(TraitedSpec):  # type: ignore[misc]
+class _RoiOutputSpec(TraitedSpec):
     tables = traits.List(traits.Str, desc="tables written, relative to the output folder")
 
 
@@ -95,7 +95,7 @@ def scatter(values: np.ndarray, mask: np.ndarray, fill: Any) -> np.ndarray:
 
 
 def hemisphere(name: str) -> str:
-    """``L`` or ``R`` from a label name such as ``Left-Thalamus``, ``ctx-lh-insula``, ``LH_Vis``."""
+    """``L`` or ``R`` from a name such as ``Left-Thalamus``, ``ctx-lh-insula``, ``LH_Vis``."""
     parts = name.replace("_", "-").lower().split("-")
     for side, words in {"L": ("left", "lh", "l"), "R": ("right", "rh", "r")}.items():
         if any(word in parts for word in words):

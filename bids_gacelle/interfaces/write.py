@@ -33,7 +33,7 @@ class _WriteInputSpec(StepInputSpec):
     tables = traits.List(traits.Str)
 
 
-class _WriteOutputSpec(TraitedSpec):  # type: ignore[misc]
+class _WriteOutputSpec(TraitedSpec):
     outputs = traits.List(traits.Str, desc="files written, relative to the output folder")
 
 
@@ -44,7 +44,7 @@ class WriteMaps(Step):
     output_spec = _WriteOutputSpec
 
     def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
-        """Write everything; the manifest comes last, so that it never promises what is not there."""
+        """Write everything; the manifest comes last: it never promises what is not there."""
         self._settings = settings
         self._series = series_from_json(self.inputs.series)
         self._mask = np.load(self.inputs.mask["file"])

@@ -313,6 +313,7 @@ def test_a_gpu_that_runs_out_of_memory_gets_smaller_blocks():
         ({"starts": 0}, "at least 1"),
         ({"block_size": 0}, "must be positive"),
         ({"options": {"tolerance": 1}}, "no option 'tolerance'; known are .*ftol"),
+        ({"options": {"dictionary": 4}, "starts": 5}, "4 entries cannot give 5 starts"),
         ({"data": np.ones((3, 4))}, "expects 5 measurements"),
         ({"data": np.ones((5, 4), complex)}, "fits real data"),
     ],

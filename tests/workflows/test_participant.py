@@ -12,10 +12,10 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
-from bids_gacelle.workflows import run as workflow_run
 
 from bids_gacelle.bids.names import FLAGS
 from bids_gacelle.cli.main import main
+from bids_gacelle.workflows import run as workflow_run
 from tests.datasets import (
     R2STAR,
     SHAPE,

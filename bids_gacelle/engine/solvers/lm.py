@@ -91,7 +91,7 @@ class _Runner:
         while lanes < min(self.n_items, most):
             lanes *= 2
         self.next_item = 0
-        # A compiled step is bound to its shapes: keep the number of lanes and always the same.
+        # A compiled step is bound to its shapes: one number of lanes for all blocks, to the end.
         self.fixed = problem.settings.compiled
         lanes = most if self.fixed else lanes
         self.item = torch.full((lanes,), -1, device=device)
