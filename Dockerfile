@@ -33,7 +33,7 @@ RUN /opt/venv/bin/pip wheel --no-deps --wheel-dir /wheel .
 FROM ${BASE_IMAGE}
 # g++ and Python's headers: torch.compile turns the fit's kernels into machine code with them.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends ca-certificates g++ libgomp1 python3 python3-dev \
+ && apt-get install -y --no-install-recommends ca-certificates g++ libgomp1 libpython3-dev python3 \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --home-dir /home/app app \
  && mkdir -p /data /out /work && chmod 1777 /home/app /out /work

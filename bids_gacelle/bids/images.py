@@ -24,13 +24,12 @@ _TOLERANCE = 0.1  # voxel edges by which a corner of the volume may be off
 _USUAL_B1 = (0.3, 2.0)  # median of a relative B1 map over its positive values
 _UNREADABLE = (EOFError, ImageFileError, HeaderDataError, OSError, ValueError, zlib.error)
 
-# A mask often comes from a tool that rounds or rewrites the affine of the image it was drawn on:
-# with the same shape and corners this many voxels apart, voxel for voxel is what was meant.
-_MASK_TOLERANCE = 2.0
+# A mask often comes from a tool that stores the affine with two decimals: with the same shape and
+# entries this close (mm), voxel for voxel is what was meant.
+_ROUNDING = 0.01
 _ROUNDED = (
-    "the affine of the mask `{path}` puts a corner of the volume {apart:.2g} voxels from where "
-    "the images have it; the shapes agree, so the mask is taken voxel for voxel. Look at it in "
-    "the report."
+    "the affine of the mask `{}` differs from that of the images by rounding; the shapes agree, "
+    "so the mask is taken voxel for voxel. Look at it in the report."
 )
 
 
@@ -97,9 +96,10 @@ def _checked_mask(
         for path in map(Path, mask.images):
             image = _open(path)
             _require_3d(image)
-            apart = _require_same_grid(image, reference, _MASK_TOLERANCE)
-            if apart > _TOLERANCE:
-                report("warning", MetadataError(_ROUNDED.format(path=path, apart=apart), path))
+            if _rounded(image, reference):
+                report("warning", MetadataError(_ROUNDED.format(path), path))
+            else:
+                _require_same_grid(image, reference)
     except MetadataError as problem:
         if mask.origin == "option":
             raise
@@ -250,13 +250,14 @@ def _require_volumes(image: SpatialImage, n: int, bval: str) -> None:
         )
 
 
-def _require_same_grid(
-    image: SpatialImage, reference: SpatialImage, tolerance: float = _TOLERANCE
-) -> float:
-    """Refuse another shape, or an affine that moves a corner of the volume visibly.
+def _rounded(image: SpatialImage, reference: SpatialImage) -> bool:
+    """Whether the affines differ, but only as storing them with two decimals makes them."""
+    apart = np.abs(image.affine - reference.affine).max()
+    return image.shape[:3] == reference.shape[:3] and 1e-3 < apart <= _ROUNDING
 
-    ``tolerance`` is in voxels; returns how far the corners are apart, in voxels.
-    """
+
+def _require_same_grid(image: SpatialImage, reference: SpatialImage) -> None:
+    """Refuse another shape, or an affine that moves a corner of the volume visibly."""
     path, other = _path(image), _path(reference).name
     if image.shape[:3] != reference.shape[:3]:
         raise MetadataError(
@@ -266,14 +267,12 @@ def _require_same_grid(
         )
     corners = np.array([[*c, 1] for c in product(*((0, n - 1) for n in image.shape[:3]))])
     shift = np.linalg.norm((corners @ (image.affine - reference.affine).T)[:, :3], axis=1).max()
-    apart = float(shift) / _smallest_edge(reference.affine)
-    if apart > tolerance:
+    if shift > _TOLERANCE * _smallest_edge(reference.affine):
         raise MetadataError(
             f"`{path}` is not on the grid of `{other}`: their affines put a corner "
             f"of the volume {shift:.3g} mm apart.",
             path,
         )
-    return apart
 
 
 def _smallest_edge(affine: npt.NDArray[np.floating]) -> float:

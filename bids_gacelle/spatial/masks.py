@@ -21,7 +21,7 @@ _THIN = 5
 # Parts smaller than this share of the largest are debris; larger ones may be vials of a phantom.
 _SMALL_PART = 0.01
 
-_ROUNDED_AFFINE = 2.0  # voxels
+_ROUNDING = 0.01  # mm
 
 
 def quick_mask(volume: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
@@ -70,8 +70,8 @@ def usable_voxels(
 def load_mask(path: str, reference: SpatialImage) -> npt.NDArray[np.bool_]:
     """Read a mask drawn on the grid of ``reference``; true where the value is above 0.5.
 
-    Tools round and rewrite affines: with the same shape, corners up to two voxels apart are
-    accepted and the mask is taken voxel for voxel.
+    Some tools store affines with two decimals: with the same shape and entries that close, the
+    mask is taken voxel for voxel.
 
     Raises
     ------
@@ -83,7 +83,10 @@ def load_mask(path: str, reference: SpatialImage) -> npt.NDArray[np.bool_]:
         data = data[..., 0]
     if data.ndim != 3:
         raise InputError(f"{path} has the shape {data.shape}, a mask needs three dimensions")
-    if not same_grid(reference, image, tolerance=_ROUNDED_AFFINE):
+    rounded = image.shape[:3] == reference.shape[:3] and bool(
+        np.abs(image.affine - reference.affine).max() <= _ROUNDING
+    )
+    if not rounded and not same_grid(image, reference):
         raise InputError(
             f"the mask {path} is not on the grid of the images: the mask has "
             f"{describe_grid(image)}, the images have {describe_grid(reference)}; resample it "

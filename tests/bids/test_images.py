@@ -206,6 +206,15 @@ def test_misaligned_mask(tree, megre, origin: str) -> None:
     assert finding.file == str(mask)
 
 
+def test_mask_with_a_rounded_affine_is_taken_with_a_warning(tree, megre) -> None:
+    mask = tree.nifti("mask.nii.gz", affine=np.eye(4) + 0.005)
+    job = replace(megre, series=replace(megre.series, mask=Mask("option", (str(mask),))))
+    reviewed, (finding,) = review_images(job)
+    assert reviewed.series.mask.images == (str(mask),)
+    assert finding.severity == "warning"
+    assert "rounding" in finding.message
+
+
 def test_misaligned_and_broken_atlases_are_left_out(tree, megre) -> None:
     paths = {
         "good": tree.nifti("good.nii.gz"),

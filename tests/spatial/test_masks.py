@@ -135,6 +135,15 @@ def test_load_mask(tmp_path, reference):
     np.testing.assert_array_equal(mask, data > 0)
 
 
+def test_mask_with_a_rounded_affine(tmp_path):
+    turned = nib.affines.from_matvec(
+        1.2 * np.eye(3) + [[0, -0.0753, 0], [0.0753, 0, 0], [0, 0, 0]]
+    )
+    reference = nib.Nifti1Image(np.ones((60, 60, 60), np.float32), turned)
+    path = _save(tmp_path / "m.nii.gz", np.ones((60, 60, 60)), turned.round(2))
+    assert load_mask(path, reference).all()
+
+
 @pytest.mark.parametrize(
     ("data", "shift", "words"),
     [

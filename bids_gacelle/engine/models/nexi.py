@@ -95,7 +95,7 @@ class Nexi(SignalModel):
     parameters: tuple[Parameter, ...] = _FITTED
     derived = (
         Parameter(
-            "rn", "1/ms", "Exchange rate from neurites to extra-neurite space", window=(0.0, 0.2)
+            "rn", "1/ms", "Exchange rate from neurites to extra-neurite space", window=(0.0, 0.1)
         ),
     )
 
