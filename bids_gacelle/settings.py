@@ -14,6 +14,15 @@ import tomli_w
 
 from bids_gacelle.errors import InputError
 
+CHOICES = {
+    "analysis_level": ("participant", "group"),
+    "solver": ("lm", "linear"),
+    "noise": ("gaussian",),
+    "prior": ("weak",),
+    "precision": ("float32", "float64"),
+}
+"""What settings of a few fixed values can be (None where a setting may be left out)."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -82,7 +91,12 @@ class Settings:
         if unknown:
             known = ", ".join(sorted(hints))
             raise InputError(f"Unknown setting '{unknown[0]}'. Known settings: {known}.")
-        return cls(**{name: _typed(name, value, hints[name]) for name, value in data.items()})
+        typed = {name: _typed(name, value, hints[name]) for name, value in data.items()}
+        for name, allowed in CHOICES.items():
+            if typed.get(name) not in (None, *allowed):
+                listed = ", ".join(allowed)
+                raise InputError(f"Setting '{name}' is {typed[name]!r}; it can be: {listed}.")
+        return cls(**typed)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -97,7 +111,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise InputError(f"Cannot read the config file {path}: {error.strerror}.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"The config file {path} is not valid TOML: {error}.") from error
 
 

@@ -47,6 +47,29 @@ def add_megre(root: Path, subject: str = "01", session: str = "", seed: int = 0)
     return paths
 
 
+def add_vfa(
+    root: Path, subject: str = "01", t1: float = 1.0, b1: np.ndarray | None = None
+) -> None:
+    """Three flip angles without noise, of one T1 (s), under a transmit field (SHAPE)."""
+    b1 = np.ones(SHAPE) if b1 is None else b1
+    repetition_time = 0.02
+    decay = np.exp(-repetition_time / t1)
+    for i, degrees in enumerate((4, 12, 25), 1):
+        angle = np.deg2rad(degrees) * b1
+        signal = 1e4 * np.sin(angle) * (1 - decay) / (1 - decay * np.cos(angle))
+        stem = f"sub-{subject}_flip-{i}_VFA"
+        write_image(root / f"sub-{subject}/anat/{stem}.nii.gz", signal)
+        sidecar = {"FlipAngle": degrees, "RepetitionTimeExcitation": repetition_time}
+        write_json(root / f"sub-{subject}/anat/{stem}.json", sidecar)
+
+
+def add_b1_map(root: Path, b1: np.ndarray, subject: str = "01") -> None:
+    """A relative B1 map; 0 where there is none."""
+    path = root / f"sub-{subject}/fmap/sub-{subject}_TB1map.nii.gz"
+    write_image(path, b1)
+    write_json(path.with_suffix("").with_suffix(".json"), {"Units": "relative"})
+
+
 def add_dwi(root: Path, subject: str = "01", timing: bool = True) -> Path:
     """Two b=0 volumes and three shells of 20 directions; isotropic decay."""
     random = np.random.default_rng(3)

@@ -46,6 +46,7 @@ ENGINE_LAYERS = {
     "prepare": 2,
     "derivatives": 1,
     "device": 1,
+    "errors": 0,
     "physics": 1,
     "scheme": 1,
 }

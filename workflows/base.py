@@ -17,7 +17,7 @@ from bids_gacelle.interfaces.collect import Collect, MakeMask
 from bids_gacelle.interfaces.fit import FitModel
 from bids_gacelle.interfaces.prepare import PrepareSignals
 from bids_gacelle.interfaces.rois import RoiStatistics
-from bids_gacelle.interfaces.write import WriteMaps
+from bids_gacelle.interfaces.write import WriteManifest, WriteMaps
 from bids_gacelle.settings import Settings
 
 
@@ -69,7 +69,7 @@ def init_series_wf(
     settings: Settings, series: Series, models: Sequence[str], run: dict[str, Any], mem_gb: float
 ) -> pe.Workflow:
     """Read and mask one series, prepare its signals once, and fit every model to them."""
-    workflow = pe.Workflow(name=_node_name(series.label) + "_wf")
+    workflow = pe.Workflow(name=series_node(series))
     common = {"settings": settings.to_dict(), "run": run, "series": to_json(series)}
 
     inputnode = pe.Node(niu.IdentityInterface(list(common)), name="inputnode")
@@ -98,22 +98,25 @@ def init_series_wf(
             n_procs=settings.omp_nthreads,
             mem_gb=mem_gb,
         )
-        rois = pe.Node(RoiStatistics(model=model), name=f"rois_{model}", mem_gb=0.5)
         write = pe.Node(WriteMaps(model=model), name=f"write_{model}", mem_gb=0.5)
-        for node in (fit, rois, write):
+        rois = pe.Node(RoiStatistics(model=model), name=f"rois_{model}", mem_gb=0.5)
+        manifest = pe.Node(WriteManifest(model=model), name=f"manifest_{model}", mem_gb=0.2)
+        for node in (fit, write, rois, manifest):
             workflow.connect([(inputnode, node, [(k, k) for k in common])])
             workflow.connect([
                 (mask, node, [("mask", "mask")]),
                 (prepare, node, [("prepared", "prepared")]),
             ])  # fmt: skip
-        for node in (rois, write):
+        for node in (write, rois, manifest):
             workflow.connect([
                 (collect, node, [("collected", "collected")]),
                 (fit, node, [("fitted", "fitted")]),
             ])  # fmt: skip
         workflow.connect([
-            (rois, write, [("tables", "tables")]),
-            (write, outputnode, [("outputs", f"outputs_{model}")]),
+            (write, rois, [("written", "written")]),
+            (write, manifest, [("written", "written")]),
+            (rois, manifest, [("tables", "tables")]),
+            (manifest, outputnode, [("outputs", f"outputs_{model}")]),
         ])  # fmt: skip
     return workflow
 
@@ -121,6 +124,11 @@ def init_series_wf(
 def series_key(series: Series) -> str:
     """Label of a series that is unique within a run."""
     return f"{series.subject}/{series.session}/{series.label}"
+
+
+def series_node(series: Series) -> str:
+    """Name of the workflow of a series within its session."""
+    return _node_name(series.label) + "_wf"
 
 
 def _l_max(settings: Settings, models: Sequence[str]) -> int:

@@ -11,20 +11,48 @@ from typing import Any
 from bids_gacelle.bids.output import missing_outputs
 from bids_gacelle.bids.series import Job, Plan
 from bids_gacelle.settings import Settings
-from bids_gacelle.workflows.plan import blocked_by_error
+from bids_gacelle.workflows.base import series_node
+from bids_gacelle.workflows.plugin import KILLED
 
-KILLED = (
-    "its process ended without a message, probably killed for want of memory; give fewer "
-    "--nprocs, a lower --omp-nthreads, or a machine with more memory"
+OUT_OF_MEMORY = (
+    "its process was killed, probably for want of memory; give fewer --nprocs, a smaller "
+    "--omp-nthreads, or a machine with more memory"
 )
+NOT_STARTED = "not fitted: the run stopped at the first failure (--stop-on-first-crash)"
 
 
 def outcomes(
-    settings: Settings, plan: Plan, run: dict[str, Any], resumed: Sequence[Job]
+    settings: Settings,
+    plan: Plan,
+    run: dict[str, Any],
+    resumed: Sequence[Job],
+    error: Exception | None,
 ) -> list[dict[str, Any]]:
-    """One status per job of the plan: ok, failed or skipped, with the reason and the numbers."""
+    """One status per job of the plan: ok, failed or skipped, with the reason and the numbers.
+
+    ``error`` is what Nipype raised, for jobs of which no node left a word.
+    """
     failures, done = _records(run["failures"]), _records(run["done"])
-    return [_outcome(settings, plan, job, failures, done, job in resumed) for job in plan.jobs]
+    status = []
+    for job in plan.jobs:
+        about = {
+            "subject": job.series.subject,
+            "session": job.series.session,
+            "series": job.series.label,
+            "model": job.model,
+        }
+        if not job.eligible:
+            found = _not_tried(settings, job)
+        elif job in resumed:
+            found = {"status": "ok", "reason": "unchanged since an earlier run"}
+        else:
+            found = (
+                _done(settings, about, done)
+                or _failed(about, failures)
+                or _silent(settings, job, run, error)
+            )
+        status.append({**about, **found})
+    return status
 
 
 def summary(plan: Plan, run: dict[str, Any], status: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -38,45 +66,49 @@ def summary(plan: Plan, run: dict[str, Any], status: Sequence[dict[str, Any]]) -
     }
 
 
-def _outcome(
-    settings: Settings,
-    plan: Plan,
-    job: Job,
-    failures: Sequence[dict[str, Any]],
-    done: Sequence[dict[str, Any]],
-    resumed: bool,
-) -> dict[str, Any]:
-    series = job.series
-    about = {
-        "subject": series.subject,
-        "session": series.session,
-        "series": series.label,
-        "model": job.model,
-    }
-    if not job.eligible:
-        blocked = bool(settings.models) and blocked_by_error(plan, job)
-        return {**about, "status": "failed" if blocked else "skipped", "reason": job.reason}
-    if resumed:
-        return {**about, "status": "ok", "reason": "unchanged since an earlier run"}
+def _not_tried(settings: Settings, job: Job) -> dict[str, Any]:
+    """Missing images are no failure; nor are unsuited ones, unless the model was asked for."""
+    failed = job.cause == "broken" or (job.cause == "unsuited" and bool(settings.models))
+    return {"status": "failed" if failed else "skipped", "reason": job.reason, "expected": True}
+
+
+def _done(
+    settings: Settings, about: dict[str, str], done: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
     for record in done:
-        if all(record[k] == v for k, v in about.items()):
+        if all(record[key] == value for key, value in about.items()):
             missing = missing_outputs(settings.output_dir, record["outputs"])
+            problems = list(record["problems"])
             if missing:
-                reason = "promised outputs are missing: " + ", ".join(missing)
-                return {**about, "status": "failed", "reason": reason}
-            return {**record, "status": "ok", "reason": ""}
+                problems.append("promised outputs are missing: " + ", ".join(missing))
+            status = "failed" if problems else "ok"
+            return {**record, "status": status, "reason": "; ".join(problems), "expected": True}
+    return None
+
+
+def _failed(about: dict[str, str], failures: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     for record in failures:
-        shared = ("subject", "session", "series")
-        if all(record[k] == about[k] for k in shared) and record["model"] in ("", job.model):
-            return {
-                **about,
-                "status": "failed",
-                "reason": record["message"],
-                "step": record["step"],
-                "expected": record["expected"],
-                "traceback": record["traceback"],
-            }
-    return {**about, "status": "failed", "reason": KILLED}
+        same = all(record[key] == about[key] for key in ("subject", "session", "series"))
+        if same and record["model"] in ("", about["model"]):
+            kept = {key: record[key] for key in ("step", "expected", "traceback")}
+            return {"status": "failed", "reason": record["message"], **kept}
+    return None
+
+
+def _silent(
+    settings: Settings, job: Job, run: dict[str, Any], error: Exception | None
+) -> dict[str, Any]:
+    """A job that left neither result nor failure: killed, never started, or Nipype's own fault."""
+    crashes = [
+        p.read_text() for p in Path(run["log_dir"]).glob(f"sub-{job.series.subject}/crash-*")
+    ]
+    if any(KILLED in text and f".{series_node(job.series)}." in text for text in crashes):
+        reason = OUT_OF_MEMORY
+    elif settings.stop_on_first_crash:
+        reason = NOT_STARTED
+    else:
+        reason = f"Nipype could not run it: {error or 'no message'}"
+    return {"status": "failed", "reason": reason, "expected": False, "traceback": ""}
 
 
 def _records(folder: str) -> list[dict[str, Any]]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 
 from bids_gacelle.bids.discovery import Options, discover
-from bids_gacelle.bids.images import review_images
+from bids_gacelle.bids.images import review_series
 from bids_gacelle.bids.queries import load_filter_file
-from bids_gacelle.bids.series import Job, Plan
+from bids_gacelle.bids.series import Job, Plan, Series
 from bids_gacelle.interfaces.models import check_options, needs_of, select_models
 from bids_gacelle.settings import Settings
+from bids_gacelle.spatial.rois import read_lookup
 from bids_gacelle.workflows.base import series_key
 
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
@@ -25,7 +29,7 @@ def make_plan(settings: Settings) -> Plan:
     InputError
         What was asked for cannot be: unknown model, option, participant, filter, ...
     """
-    models = select_models(settings.models)
+    models = select_models(settings.models, settings.solver)
     check_options(models, settings.model_options)
     options = Options(
         participant_labels=settings.participant_label,
@@ -53,27 +57,29 @@ def make_plan(settings: Settings) -> Plan:
 
 def check_plan(plan: Plan) -> Plan:
     """The plan after a look at the headers of all images; jobs with bad images drop out."""
+    reviewed: dict[str, tuple[Series, str]] = {}
     jobs, findings = [], list(plan.findings)
     for job in plan.jobs:
-        checked, found = review_images(job)
-        jobs.append(checked)
-        findings += found
+        key = series_key(job.series)
+        if job.eligible and key not in reviewed:
+            series, found, reason = review_series(job.series, _check_table)
+            reviewed[key] = series, reason
+            findings += found
+        if job.eligible:
+            series, reason = reviewed[key]
+            job = replace(job, series=series, reason=reason, cause="broken" if reason else "")
+        jobs.append(job)
     return replace(plan, jobs=tuple(jobs), findings=tuple(findings))
+
+
+def _check_table(path: Path) -> None:
+    """Refuse a table that cannot name the labels of a segmentation."""
+    read_lookup(path, np.empty(0, dtype=int))
 
 
 def eligible(plan: Plan) -> list[Job]:
     """Jobs that can be run."""
     return [job for job in plan.jobs if job.eligible]
-
-
-def blocked_by_error(plan: Plan, job: Job) -> bool:
-    """Whether a job cannot run although its images are there (not merely for want of images)."""
-    return not job.eligible and any(
-        f.severity == "error"
-        and (f.subject, f.session) == (job.series.subject, job.series.session)
-        and f.model in ("", job.model)
-        for f in plan.findings
-    )
 
 
 def table(jobs: Sequence[Job]) -> str:

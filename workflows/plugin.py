@@ -8,11 +8,17 @@ import threading
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import yaml
+from nipype.pipeline import plugins
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
 
+from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import start_logging
+
+KILLED = "the process of this node was killed"
 
 
 class GuardedMultiProcPlugin(MultiProcPlugin):
@@ -62,7 +68,7 @@ class GuardedMultiProcPlugin(MultiProcPlugin):
         if error is None:
             self._taskresult[taskid] = future.result()
         else:
-            message = [f"{type(error).__name__}: the process of this node was killed\n"]
+            message = [f"{type(error).__name__}: {KILLED}\n"]
             self._taskresult[taskid] = {"result": None, "traceback": message, "taskid": taskid}
         if alone is not None:
             alone.shutdown(wait=False)
@@ -74,6 +80,28 @@ class GuardedMultiProcPlugin(MultiProcPlugin):
             initargs=(self._cwd, self.plugin_args["run"]),
             mp_context=mp.get_context(self.plugin_args.get("mp_context")),
         )
+
+
+def read_plugin(path: Path) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a Nipype plugin from a YAML file.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or names no plugin of Nipype.
+    """
+    try:
+        given = yaml.safe_load(path.read_text())
+        name, arguments = str(given["plugin"]), dict(given.get("plugin_args") or {})
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"The plugin file {path} needs the key 'plugin' and, where there are any, "
+            f"'plugin_args': {error}."
+        ) from error
+    if not hasattr(plugins, f"{name}Plugin"):
+        known = sorted(n.removesuffix("Plugin") for n in dir(plugins) if n.endswith("Plugin"))
+        raise InputError(f"The plugin file {path}: Nipype has no plugin '{name}'; {known}.")
+    return name, arguments
 
 
 def _start_worker(cwd: str, run: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -11,6 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,16 +26,21 @@ from bids_gacelle.bids.output import missing_outputs, write_json, write_text
 from bids_gacelle.bids.series import Job, Plan, Series
 from bids_gacelle.engine import get_model
 from bids_gacelle.errors import InputError
-from bids_gacelle.group import merge_tables
+from bids_gacelle.group import NothingToMerge, merge_tables
 from bids_gacelle.interfaces.base import LOGGER, start_logging, stop_logging
 from bids_gacelle.interfaces.models import resolve_device
-from bids_gacelle.interfaces.provenance import fit_hash
-from bids_gacelle.interfaces.report import reported_subjects, write_citations, write_report
+from bids_gacelle.interfaces.provenance import atlas_digests, fit_hash, input_digests
+from bids_gacelle.interfaces.report import (
+    read_manifest,
+    reported_subjects,
+    write_citations,
+    write_report,
+)
 from bids_gacelle.settings import Settings
 from bids_gacelle.workflows.base import init_participants_wf, series_key
 from bids_gacelle.workflows.outcome import outcomes, summary
 from bids_gacelle.workflows.plan import check_plan, eligible, make_plan, say
-from bids_gacelle.workflows.plugin import GuardedMultiProcPlugin
+from bids_gacelle.workflows.plugin import GuardedMultiProcPlugin, read_plugin
 
 OK, FAILED, NOTHING = 0, 1, 3
 
@@ -58,9 +63,12 @@ def group(settings: Settings) -> int:
     """Merge the ROI tables of all participants into one table per model."""
     try:
         tables = merge_tables(settings.output_dir)
-    except InputError as error:
-        print(f"bids-gacelle: {error}")
+    except NothingToMerge as error:
+        print(f"bids-gacelle: {error}", file=sys.stderr)
         return NOTHING
+    except InputError as error:
+        print(f"bids-gacelle: error: {error}", file=sys.stderr)
+        return FAILED
     for path in tables:
         print(f"Group table: {path}")
     return OK
@@ -78,15 +86,16 @@ def reports_only(settings: Settings) -> int:
         )
     for subject in wanted:
         print(f"Report: {write_report(settings.output_dir, subject)}")
+    if not wanted:
+        print(f"bids-gacelle: {settings.output_dir} has no maps to report.", file=sys.stderr)
     return OK if wanted else NOTHING
 
 
 def participant(settings: Settings, command: Sequence[str], level: int) -> int:
     """Fit every eligible model, write maps, tables and reports, and tell the truth about it."""
     check_output_dir(settings.bids_dir, settings.output_dir)
-    device = resolve_device(settings.device)
+    settings = replace(settings, device=resolve_device(settings.device))
     plan = make_plan(settings)
-    settings = replace(settings, device=device)
     run = _start(settings, plan, command, level)
     started = time.perf_counter()
     try:
@@ -96,27 +105,35 @@ def participant(settings: Settings, command: Sequence[str], level: int) -> int:
         resumed = [j for j in jobs if settings.resume and _unchanged(settings, j)]
         run["warnings"] = _warnings(plan)
         todo = [j for j in jobs if j not in resumed]
-        if todo:
-            _execute(settings, todo, run)
-        status = outcomes(settings, plan, run, resumed)
-        return _finish(settings, plan, run, status, time.perf_counter() - started)
+        error = _execute(settings, todo, run) if todo else None
+        status = outcomes(settings, plan, run, resumed, error)
+        code = _finish(settings, plan, run, status)
+        LOGGER.info("%s, in %.0f s.", _counts(status), time.perf_counter() - started)
+        return code
     finally:
         stop_logging()
         if not settings.keep_work:
             shutil.rmtree(run["work_dir"], ignore_errors=True)
 
 
+def _work_base(settings: Settings) -> Path:
+    """Folder of the intermediate files of all runs; never inside the input dataset."""
+    base = settings.work_dir or Path(tempfile.gettempdir()) / f"bids_gacelle-{os.getuid()}"
+    inside = base.resolve().is_relative_to(settings.bids_dir.resolve())
+    if inside and not base.resolve().is_relative_to(settings.output_dir.resolve()):
+        raise InputError(f"The work folder {base} is inside the input dataset; choose another -w.")
+    return base
+
+
 def _start(settings: Settings, plan: Plan, command: Sequence[str], level: int) -> dict[str, Any]:
     """Make the folders of the run, open its log, and set up the output dataset."""
+    base = _work_base(settings)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}"
     out = settings.output_dir
     models = {job.model: get_model(job.model).title for job in plan.jobs}
     init_dataset(out, plan.datasets, __version__, settings.dataset_link, models=models)
     log_dir = out / "logs" / run_id
-    base = settings.work_dir or Path(tempfile.gettempdir()) / f"bids_gacelle-{os.getuid()}"
     work = base / run_id
-    if work.is_relative_to(settings.bids_dir) and not out.is_relative_to(settings.bids_dir):
-        raise InputError(f"The work folder {base} is inside the input dataset; choose another.")
     try:
         for folder in (log_dir, work / "failures", work / "done"):
             folder.mkdir(parents=True)
@@ -149,8 +166,9 @@ def _start(settings: Settings, plan: Plan, command: Sequence[str], level: int) -
     return run
 
 
-def _execute(settings: Settings, jobs: Sequence[Job], run: dict[str, Any]) -> None:
-    """Run the graph; what fails is in the records of the nodes, not in an exception."""
+def _execute(settings: Settings, jobs: Sequence[Job], run: dict[str, Any]) -> Exception | None:
+    """Run the graph; what fails is in the records of the nodes, Nipype's own word is returned."""
+    plugin, arguments = _plugin(settings, run)
     memory = {series_key(job.series): _memory_gb(job.series) for job in jobs}
     workflow = init_participants_wf(settings, jobs, run, memory)
     workflow.config["execution"] = {
@@ -160,13 +178,13 @@ def _execute(settings: Settings, jobs: Sequence[Job], run: dict[str, Any]) -> No
         "check_version": False,
         "poll_sleep_duration": 0.2,
     }
-    plugin, arguments = _plugin(settings, run)
-    LOGGER.info("Fitting %d model%s, %s", len(jobs), "s" * (len(jobs) > 1), _largest(memory))
+    LOGGER.info("%d fits to do, up to %.1f GB of memory each", len(jobs), max(memory.values()))
     try:
         workflow.run(plugin=plugin, plugin_args=arguments)
-    except Exception as error:
-        # Nipype raises when any node failed; the records say which, and why.
+    except Exception as error:  # raised when any node failed; the records say which, and why
         LOGGER.debug("Nipype: %s", error, exc_info=True)
+        return error
+    return None
 
 
 def _plugin(settings: Settings, run: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -175,65 +193,64 @@ def _plugin(settings: Settings, run: dict[str, Any]) -> tuple[Any, dict[str, Any
         "raise_insufficient": False,
         # torch must not be forked after use; a fresh process per worker is also safe for CUDA
         "mp_context": "forkserver",
+        "run": run,
     }
     if settings.mem:
         arguments["memory_gb"] = settings.mem
     if run["use_gpu"]:
         arguments["n_gpu_procs"] = 1
+    name = "Linear" if settings.nprocs == 1 else "MultiProc"
     if settings.use_plugin:
-        import yaml
-
-        try:
-            given = yaml.safe_load(settings.use_plugin.read_text())
-            return given["plugin"], {**arguments, **given.get("plugin_args", {})}
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise InputError(
-                f"The plugin file {settings.use_plugin} needs the keys 'plugin' and, where it "
-                f"has any, 'plugin_args': {error}."
-            ) from error
-    if settings.nprocs == 1:
-        return "Linear", {}
-    return GuardedMultiProcPlugin({**arguments, "run": run}), {}
+        name, given = read_plugin(settings.use_plugin)
+        arguments |= given
+    if name == "MultiProc":
+        return GuardedMultiProcPlugin(arguments), {}
+    return name, {} if name == "Linear" else arguments
 
 
 def _finish(
-    settings: Settings,
-    plan: Plan,
-    run: dict[str, Any],
-    status: list[dict[str, Any]],
-    seconds: float,
+    settings: Settings, plan: Plan, run: dict[str, Any], status: list[dict[str, Any]]
 ) -> int:
-    """Write the reports and the summary, and say how it went."""
-    write_json(Path(run["log_dir"]) / "summary.json", summary(plan, run, status))
-    fitted = {s["subject"] for s in status if s["status"] == "ok" or "step" in s}
+    """Write the summary, the reports and the citations, and say what failed."""
+    path = Path(run["log_dir"]) / "summary.json"
     pages = []
-    for subject in sorted(fitted):
-        try:
-            pages.append(write_report(settings.output_dir, subject))
-        except Exception as error:  # a page that cannot be drawn must not cost the maps
-            LOGGER.error(
-                "The report of sub-%s could not be made: %s", subject, error, exc_info=True
-            )
-            status.append({"subject": subject, "status": "failed", "reason": f"report: {error}"})
-    write_citations(settings.output_dir)
+    try:
+        # the pages read the summary, and may fail themselves: hence twice
+        write_json(path, summary(plan, run, status))
+        for subject in sorted({s["subject"] for s in status if s["status"] != "skipped"}):
+            try:
+                pages.append(write_report(settings.output_dir, subject))
+            except Exception as error:  # a page that cannot be drawn must not cost the maps
+                LOGGER.debug("Report of sub-%s", subject, exc_info=True)
+                reason = f"the report could not be made: {error}"
+                status.append({"subject": subject, "status": "failed", "reason": reason})
+        write_citations(settings.output_dir)
+        write_json(path, summary(plan, run, status))
+    except InputError as error:
+        status.append({"subject": "", "status": "failed", "reason": str(error)})
     failed = [s for s in status if s["status"] == "failed"]
     _tidy_crashes(run, failed)
     for record in failed:
-        where = " ".join(str(record.get(k, "")) for k in ("series", "model")).strip()
-        LOGGER.error("sub-%s %s failed: %s", record["subject"], where, record["reason"])
-    done = sum(s["status"] == "ok" for s in status)
-    LOGGER.info("%d fits done, %d failed, in %.0f s.", done, len(failed), seconds)
+        words = [f"sub-{record['subject']}" * bool(record["subject"])]
+        words += [str(record.get(k, "")) for k in ("session", "series", "model")]
+        LOGGER.error("%s failed: %s", " ".join(w for w in words if w), record["reason"])
     for page in pages:
         LOGGER.info("Report: %s", page)
-    if not done and not any("step" in s for s in failed):
+    if not eligible(plan):
         LOGGER.error("Nothing could be fitted; the messages above say what each model misses.")
         return NOTHING
     return FAILED if failed else OK
 
 
+def _counts(status: Sequence[dict[str, Any]]) -> str:
+    """Say how many fits ended how."""
+    counts = Counter(s["status"] for s in status)
+    return f"{counts['ok']} fits done, {counts['failed']} failed, {counts['skipped']} not possible"
+
+
 def _tidy_crashes(run: dict[str, Any], failed: Sequence[dict[str, Any]]) -> None:
     """Keep Nipype's crash files of our own faults only; bad input has its sentence."""
-    unexpected = any(not s.get("expected", True) for s in failed)
+    unexpected = any(not s.get("expected", False) for s in failed)
     for folder in Path(run["log_dir"]).glob("sub-*"):
         for crash in folder.glob("crash-*"):
             if unexpected:
@@ -247,38 +264,34 @@ def _tidy_crashes(run: dict[str, Any], failed: Sequence[dict[str, Any]]) -> None
 def _unchanged(settings: Settings, job: Job) -> bool:
     """Whether an earlier run wrote this fit from the same inputs with the same options."""
     path = settings.output_dir / names.manifest_path(job.series, model=job.model)
-    if not path.exists():
+    manifest = read_manifest(path)
+    if not manifest or missing_outputs(settings.output_dir, manifest["outputs"]):
         return False
-    manifest = json.loads(path.read_text())
-    files = [entry[key] for entry in manifest["maps"] for key in ("file", "std")]
-    files += [manifest["nrmse"], manifest["flags"], manifest["mask"]["file"], *manifest["tables"]]
-    return manifest["fit_hash"] == fit_hash(
-        job.series, job.model, settings
-    ) and not missing_outputs(settings.output_dir, files)
+    digests = input_digests(job.series)
+    same_fit = manifest["fit_hash"] == fit_hash(job.series, job.model, settings, digests)
+    return bool(same_fit and manifest["atlases"] == atlas_digests(job.series))
 
 
 def _warnings(plan: Plan) -> dict[str, list[str]]:
     """Warnings of the plan by series, for the reports."""
     found: dict[str, list[str]] = {}
-    for job in eligible(plan):
-        series = job.series
-        for finding in plan.findings:
-            same = (finding.subject, finding.session) == (series.subject, series.session)
-            about = finding.model in ("", job.model) and finding.severity == "warning"
-            listed = found.setdefault(series_key(series), [])
-            if (
-                same
-                and about
-                and _concerns(finding.file, series)
-                and finding.message not in listed
-            ):
-                listed.append(finding.message)
+    for series in {series_key(job.series): job.series for job in eligible(plan)}.values():
+        images = [*series.images, *(run.image for run in series.dwi_runs), *series.mask.images]
+        images += [series.b1_map.image] if series.b1_map else []
+        others = {
+            image
+            for job in plan.jobs
+            if (job.series.subject, job.series.session) == (series.subject, series.session)
+            for image in job.series.images
+        } - set(images)
+        found[series_key(series)] = [
+            finding.message
+            for finding in plan.findings
+            if finding.severity == "warning"
+            and (finding.subject, finding.session) == (series.subject, series.session)
+            and finding.file not in others
+        ]
     return found
-
-
-def _concerns(file: str, series: Series) -> bool:
-    images = [*series.images, *(run.image for run in series.dwi_runs)]
-    return not file or file in images or any(file in image for image in images)
 
 
 def _memory_gb(series: Series) -> float:
@@ -287,7 +300,3 @@ def _memory_gb(series: Series) -> float:
     shapes = [cast(SpatialImage, nib.load(image)).shape for image in dict.fromkeys(images)]
     voxels = sum(math.prod(shape) for shape in shapes)
     return 3 * 4 * voxels / 1e9 + 0.5
-
-
-def _largest(memory: dict[str, float]) -> str:
-    return f"up to {max(memory.values()):.1f} GB of memory each"

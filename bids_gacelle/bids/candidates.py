@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -23,7 +23,7 @@ from bids_gacelle.bids.names import reference_path
 from bids_gacelle.bids.options import Context
 from bids_gacelle.bids.queries import matches
 from bids_gacelle.bids.series import DwiRun, Kind, Series, Sourced
-from bids_gacelle.bids.timing import RunImage, resolve_timing
+from bids_gacelle.bids.timing import RunImage, differing_times, resolve_timing
 
 # Entities that tell the images of one series apart, or that do not survive the fit.
 _NOT_KEPT = frozenset({"sub", "ses", "echo", "flip", "inv", "mt", "part", "desc"})
@@ -35,7 +35,8 @@ class Candidate:
 
     ``problem`` stops every model, ``timing_problem`` those that need diffusion times.
     ``measurements`` are the distinct echo times, flip angles or shells; ``warnings`` and ``notes``
-    are sentences of the classes WARNING and INFO.
+    are sentences of the classes WARNING and INFO. ``overruled`` are the diffusion times in files
+    that an option replaces, by field.
     """
 
     series: Series
@@ -45,6 +46,7 @@ class Candidate:
     timing_problem: MetadataError | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    overruled: Mapping[str, Sourced] = field(default_factory=dict)
 
 
 def find_candidates(kind: Kind, context: Context, subject: str, session: str) -> list[Candidate]:
@@ -237,17 +239,10 @@ def _distinct(values: Iterable[float], text: str) -> tuple[str, ...]:
 
 def _dwi_candidates(context: Context, subject: str, session: str) -> list[Candidate]:
     """Preprocessed images of the first dataset that has them, else raw ones."""
-    found = [
-        [
-            f
-            for f in d.images(subject)
-            if f.session == session and matches(context.queries["dwi"], f)
-        ]
-        for d in context.datasets
-    ]
+    found = [[f for f in files if f.session == session] for files in _all_dwi(context, subject)]
     processed = [p for files in found if (p := [f for f in files if _preprocessed(f)])]
     raw = [f for f in found[-1] if not _preprocessed(f)]
-    used = processed[0] if processed else raw
+    used = next(iter(processed), [] if replacing_dwi(context, subject, session) else raw)
     notes: tuple[str, ...] = ()
     unused = [f for files in processed[1:] for f in files] + (raw if processed else [])
     if unused:
@@ -259,6 +254,27 @@ def _dwi_candidates(context: Context, subject: str, session: str) -> list[Candid
     if context.options.combine_dwi:
         single = _combined(single)
     return [replace(c, notes=c.notes + notes) for c in single]
+
+
+def replacing_dwi(context: Context, subject: str, session: str) -> list[BidsFile]:
+    """Preprocessed images that the raw ones of a session, without any of its own, went into.
+
+    A pipeline may write at the level of the subject what was acquired in sessions, or the
+    reverse; to fit the raw images as well would count the same data twice.
+    """
+    files = [f for files in _all_dwi(context, subject) for f in files]
+    if not any(f.session == session and not _preprocessed(f) for f in files):
+        return []
+    processed = [f for f in files if _preprocessed(f)]
+    if any(f.session == session for f in processed):
+        return []
+    return [f for f in processed if not session or not f.session]
+
+
+def _all_dwi(context: Context, subject: str) -> list[list[BidsFile]]:
+    """Dwi images of all sessions, by dataset."""
+    query = context.queries["dwi"]
+    return [[f for f in d.images(subject) if matches(query, f)] for d in context.datasets]
 
 
 def _without_reversed(
@@ -297,7 +313,7 @@ def _dwi_run(image: BidsFile, context: Context) -> Candidate:
         bval, bvec = (_gradient_file(dataset, image, e) for e in (".bval", ".bvec"))
         b, _ = read_gradients(bval.path, bvec.path)
         check_b_values(b, threshold, bval.label, bval.path)
-        run = RunImage(dataset, image, b >= threshold)
+        run = RunImage(dataset, image, b > threshold)
         timing = resolve_timing(run, _raw_runs(image, context), context.options)
         metadata = constant_fields([run.sidecars])
     except MetadataError as error:
@@ -318,6 +334,7 @@ def _dwi_run(image: BidsFile, context: Context) -> Candidate:
         measurements=tuple(_shell_name(s) for s in found),
         timing_problem=timing.problem,
         warnings=timing.warnings,
+        overruled=timing.overruled,
     )
 
 
@@ -342,11 +359,11 @@ def _raw_runs(image: BidsFile, context: Context) -> list[tuple[Dataset, BidsFile
     """Raw runs that a preprocessed image may stem from: its entities are theirs too."""
     if not _preprocessed(image):
         return []
-    said = {k: v for k, v in image.entities.items() if k not in ("space", "desc", "res")}
-    return [
-        (context.raw, f)
+    said = {k: v for k, v in image.entities.items() if k not in ("ses", "space", "desc", "res")}
+    found = [
+        f
         for f in context.raw.images(image.subject)
-        if f.session == image.session
+        if (f.session in (image.session, "") or not image.session)
         and f.suffix == "dwi"
         and f.datatype == "dwi"
         and not _preprocessed(f)
@@ -354,6 +371,8 @@ def _raw_runs(image: BidsFile, context: Context) -> list[tuple[Dataset, BidsFile
         and said.items() <= f.entities.items()
         and not _is_b0_only(f, context)
     ]
+    own = [f for f in found if f.session == image.session]
+    return [(context.raw, f) for f in own or found]
 
 
 def _is_b0_only(image: BidsFile, context: Context) -> bool:
@@ -361,7 +380,7 @@ def _is_b0_only(image: BidsFile, context: Context) -> bool:
         b = read_numbers(_gradient_file(context.raw, image, ".bval").path)
     except MetadataError:
         return False
-    return bool(b) and max(b) < context.options.b0_threshold
+    return bool(b) and max(b) <= context.options.b0_threshold
 
 
 def _spatial_reference(image: BidsFile, dataset: Dataset) -> str:
@@ -409,7 +428,8 @@ def _join(members: Sequence[Candidate]) -> Candidate:
         tuple(f for c in members for f in c.files),
         tuple(dict.fromkeys(m for c in members for m in c.measurements)),
         next((c.problem for c in members if c.problem), None),
-        next((c.timing_problem for c in members if c.timing_problem), None),
+        next((c.timing_problem for c in members if c.timing_problem), None)
+        or differing_times([c.overruled for c in members]),
         tuple(w for c in members for w in c.warnings),
         tuple(n for c in members for n in c.notes),
     )

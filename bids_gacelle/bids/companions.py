@@ -22,9 +22,8 @@ _RELATIVE = (
     "arbitrary",
     "unitless",
     "dimensionless",
-    "p.u.",
 )
-_PERCENT = ("%", "percent", "percentage")
+_PERCENT = ("%", "percent", "percentage", "p.u.")  # hMRI writes p.u. for percent units
 _OTHER_B1 = ("TB1AFI", "TB1DAM", "TB1EPI", "TB1RFM", "TB1SRGE", "TB1TFL")
 
 
@@ -96,10 +95,11 @@ def find_atlases(series: Series, context: Context) -> tuple[Atlas, ...]:
     taken: set[str] = set()
     result = []
     for name, path in context.options.atlases.items():
-        result.append(Atlas(_unique(name, taken), str(path), _table_beside(path)))
+        result.append(Atlas(_unique(name, taken), str(path), _table_beside(path), "option"))
     for file in _around(series.subject, series.session, context):
         if (
             matches(context.queries["dseg"], file)
+            and not file.entities.get("desc", "").endswith("fitflag")  # a flag map of ours
             and file.entities.get("space") == series.entities.get("space")
             and _identity(file).items() <= series.entities.items()
             and file.path not in context.options.atlases.values()

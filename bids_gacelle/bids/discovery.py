@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
-from bids_gacelle.bids.candidates import Candidate, find_candidates
+from bids_gacelle.bids.candidates import Candidate, find_candidates, replacing_dwi
 from bids_gacelle.bids.companions import add_companions
 from bids_gacelle.bids.files import (
     BidsFile,
@@ -99,14 +101,16 @@ def _participants(bids_dir: Path, wanted: Sequence[str]) -> list[str]:
 def _sessions(bids_dir: Path, subjects: Sequence[str], options: Options) -> dict[str, list[str]]:
     """Wanted sessions of each subject, [""] and more where all are wanted."""
     roots = [bids_dir, *options.derivatives.values()]
-    there = {
-        s: sorted({label for root in roots for label in session_labels(root, s)}) for s in subjects
-    }
+
+    def there(of: Sequence[str]) -> list[str]:
+        return sorted({label for root in roots for s in of for label in session_labels(root, s)})
+
     if not options.session_labels:
-        return {s: ["", *labels] for s, labels in there.items()}
-    everything = sorted({label for labels in there.values() for label in labels})
+        return {s: ["", *there([s])] for s in subjects}
+    # of all participants: with one cluster job for each, one that lacks a session is no mistake
+    everything = there(subject_labels(bids_dir))
     wanted = _chosen("session", "ses-", options.session_labels, everything, str(bids_dir))
-    return {s: [label for label in labels if label in wanted] for s, labels in there.items()}
+    return dict.fromkeys(subjects, wanted)
 
 
 def _chosen(
@@ -125,6 +129,11 @@ def _chosen(
 
 def _open(bids_dir: Path, subjects: Sequence[str], options: Options) -> Context:
     queries = read_filters(options.filters)
+    if not (math.isfinite(options.b0_threshold) and options.b0_threshold >= 0):
+        raise InputError(
+            f"--b0-threshold {options.b0_threshold:g}: the highest b-value (s/mm^2) that counts "
+            "as b=0 is needed, 0 or more."
+        )
     for field in options.assume_ms:
         if field not in TIMES_IN_MS:
             valid = ", ".join(TIMES_IN_MS)
@@ -176,7 +185,9 @@ def _job(candidate: Candidate, need: ModelNeeds) -> tuple[Job, list[Finding]]:
     series = candidate.series
     problem = _problem(candidate, need)
     if problem:
-        return Job(series, need.name, str(problem)), [_skipped(series, need.name, problem)]
+        cause: Literal["broken", "unsuited"] = "broken" if candidate.problem else "unsuited"
+        job = Job(series, need.name, str(problem), cause)
+        return job, [_skipped(series, need.name, problem)]
     prefix = f"{_place(series)} {series.label}: "
     findings = [_finding("warning", series, prefix + w + ".") for w in _warnings(candidate)]
     findings += [_finding("info", series, prefix + n + ".") for n in candidate.notes]
@@ -225,6 +236,25 @@ def _nothing(
 ) -> tuple[Job, list[Finding]]:
     """Make the job of a session that has no image for a model."""
     series = Series(need.kind, subject, session, {}, ())
+    reason = _why_nothing(context, series, need)
+    message = f"{_place(series)} model {need.name} skipped: {reason}."
+    finding = Finding("info", message, subject, session, need.name)
+    return Job(series, need.name, reason, "absent"), [finding]
+
+
+def _why_nothing(context: Context, series: Series, need: ModelNeeds) -> str:
+    subject, session = series.subject, series.session
+    roots = [d.root for d in context.datasets]
+    if session and not any(session in session_labels(root, subject) for root in roots):
+        return f"no session ses-{session}"
+    replacing = replacing_dwi(context, subject, session) if need.kind == "dwi" else []
+    if replacing:
+        level = "in its sessions" if not session else "outside its sessions"
+        return (
+            f"the preprocessed dwi of the subject is {level} (`{replacing[0].label}`) and is "
+            "fitted there instead of the raw one"
+            + (", without --session-label" if context.options.session_labels else "")
+        )
     query = context.queries[need.kind]
     suffix, folder = query["suffix"], f"{_place(series)}/{_DATATYPE[need.kind]}"
     here = [f for d in context.datasets for f in d.images(subject) if f.session == session]
@@ -240,9 +270,7 @@ def _nothing(
     if contrasts and need.kind != "dwi":
         listed = ", ".join(sorted(contrasts))
         reason += f" (there are MPM images ({listed}), which no model here is fitted to yet)"
-    message = f"{_place(series)} model {need.name} skipped: {reason}."
-    finding = Finding("info", message, subject, session, need.name)
-    return Job(series, need.name, reason), [finding]
+    return reason
 
 
 def _skipped(series: Series, model: str, problem: MetadataError) -> Finding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import warnings
 from collections import defaultdict
@@ -9,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+
+from bids_gacelle.errors import InputError
 
 # Folders that hold nothing we read, but most of the files of a study.
 _SKIPPED = re.compile(
@@ -131,12 +135,18 @@ def open_dataset(
     root : its folder; a ``dataset_description.json`` is not needed.
     subjects : labels without ``sub-``.
     database_dir : where the index of all subjects is kept between runs (None: nothing is kept).
+
+    Raises
+    ------
+    InputError
+        The index cannot be kept in ``database_dir``.
     """
     wanted = {f"sub-{s}" for s in subjects}
-    database = database_dir and database_dir / name
-    paths = _index(root, sorted(subjects), database, anew=False)
-    if database and _is_outdated(paths, root, wanted):
-        paths = _index(root, sorted(subjects), database, anew=True)
+    paths = (
+        _kept_index(root, database_dir.absolute() / name)
+        if database_dir
+        else _index(root, sorted(subjects), None)
+    )
     kept = [p for p in paths if _belongs(p.relative_to(root), wanted)]
     return Dataset(name, root, tuple(parse_file(p, root, name) for p in sorted(kept)))
 
@@ -156,12 +166,41 @@ def _labels(folder: Path, prefix: str) -> list[str]:
     return sorted(f.name.removeprefix(prefix) for f in folders if f.is_dir())
 
 
-def _is_outdated(paths: list[Path], root: Path, wanted: set[str]) -> bool:
-    """Whether a kept index is of another dataset, or older than one of the subjects."""
-    if not all(p.is_relative_to(root) for p in paths):
-        return True
-    indexed = {p.relative_to(root).parts[0] for p in paths}
-    return any(name not in indexed and (root / name).is_dir() for name in wanted)
+def _kept_index(root: Path, database: Path) -> list[Path]:
+    """Use the index of an earlier run as long as the dataset has the same files."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    note, now = database / "files.sha256", _fingerprint(root)
+    try:
+        database.mkdir(parents=True, exist_ok=True)
+        known = note.is_file() and note.read_bytes() == now
+        if not known:  # an index that is not finished must not pass for one that is
+            note.unlink(missing_ok=True)
+            (database / "layout_index.sqlite").unlink(missing_ok=True)
+        paths = _index(root, [], database)
+        note.write_bytes(now)
+    except (OSError, SQLAlchemyError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(
+            f"--bids-database-dir: the index of {root} cannot be kept in {database} ({reason}); "
+            "give another folder."
+        ) from None
+    return paths
+
+
+def _fingerprint(root: Path) -> bytes:
+    """Digest of the place of a dataset and the names of its files.
+
+    Names are all that the index holds: contents are read anew by every run.
+    """
+    digest = hashlib.sha256(os.fsencode(root))
+    for folder, folders, names in os.walk(root, followlinks=True):
+        inside = "/" + Path(folder).relative_to(root).as_posix().removeprefix(".")
+        at = inside.rstrip("/")
+        folders[:] = sorted(f for f in folders if not _SKIPPED.search(f"{at}/{f}"))
+        for name in sorted(names):
+            digest.update(b"\0" + os.fsencode(f"{at}/{name}"))
+    return digest.hexdigest().encode()
 
 
 def _belongs(relative: Path, wanted: set[str]) -> bool:
@@ -175,7 +214,7 @@ def _upwards(folder: Path, root: Path) -> Iterator[Path]:
     yield root
 
 
-def _index(root: Path, subjects: list[str], database: Path | None, anew: bool) -> list[Path]:
+def _index(root: Path, subjects: list[str], database: Path | None) -> list[Path]:
     """Paths of the files of a dataset, at least those of the subjects and above them."""
     from bids import BIDSLayout, BIDSLayoutIndexer  # 1 s to import: only when a dataset is opened
 
@@ -193,7 +232,6 @@ def _index(root: Path, subjects: list[str], database: Path | None, anew: bool) -
                 config=["bids"],
                 indexer=indexer,
                 database_path=database,
-                reset_database=anew,
             )
     except (TypeError, AttributeError, KeyError, ValueError):
         # pybids trips over descriptions such as {"GeneratedBy": {"Name": ...}}; names are enough.

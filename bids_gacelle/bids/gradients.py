@@ -70,7 +70,7 @@ def read_numbers(path: str | Path) -> list[float]:
 def _rows(path: str | Path) -> list[list[float]]:
     path = Path(path)
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
         return [[float(word) for word in line.split()] for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise MetadataError(f"`{path.name}` cannot be read as numbers ({error}).", path) from None
@@ -82,15 +82,15 @@ class NotWeighted(MetadataError):
 
 def check_b_values(b: _Float, b0_threshold: float, name: str, file: Path) -> None:
     """Refuse b-values without b = 0, without diffusion weighting, or in the wrong unit."""
-    if b.max() < b0_threshold:
+    if b.max() <= b0_threshold:
         message = (
             f"`{name}` has no diffusion-weighted volume: the highest b-value is {b.max():g} "
-            f"s/mm^2, below the b0 threshold of {b0_threshold:g}"
+            f"s/mm^2, not above the b0 threshold of {b0_threshold:g}"
         )
         if 0.1 <= b.max() < 60 and len(b) > _FEW:
             raise MetadataError(f"{message}; they look like ms/um^2, BIDS wants s/mm^2.", file)
         raise NotWeighted(f"{message}.", file)
-    if b.min() >= b0_threshold:
+    if b.min() > b0_threshold:
         raise MetadataError(
             f"`{name}` has no b=0 volume to normalise by: the lowest b-value is {b.min():g} "
             f"s/mm^2; raise --b0-threshold (now {b0_threshold:g}) if it may count as b=0.",
@@ -112,7 +112,7 @@ def shells(
     -------
     One tuple per shell: mean b in s/mm^2, then the times that are given, in ms.
     """
-    weighted = b >= b0_threshold
+    weighted = b > b0_threshold
     times = [np.broadcast_to(np.asarray(t, float), b.shape) for t in timing if t is not None]
     groups = defaultdict(list)
     for volume in np.flatnonzero(weighted):

@@ -1,4 +1,4 @@
-"""Headers of the images of a job: whether they can be read and lie on one grid."""
+"""Headers of the images of a series: whether they can be read and lie on one grid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from bids_gacelle.bids.gradients import read_gradients
 from bids_gacelle.bids.metadata import MetadataError
-from bids_gacelle.bids.series import Atlas, Finding, Job, Mask, Severity
+from bids_gacelle.bids.series import Atlas, Finding, Mask, Series, Severity
+from bids_gacelle.errors import InputError
 
 _TOLERANCE = 0.1  # voxel edges by which a corner of the volume may be off
 _USUAL_B1 = (0.3, 2.0)  # median of a relative B1 map over its positive values
@@ -33,50 +34,53 @@ _ROUNDED = (
 )
 
 
-def check_images(job: Job) -> list[Finding]:
-    """Return the findings of `review_images`; errors make the job ineligible."""
-    return review_images(job)[1]
+_Report = Callable[[Severity, MetadataError], None]
 
 
-def review_images(job: Job) -> tuple[Job, list[Finding]]:
-    """Open the headers of everything a job needs.
+def review_series(
+    series: Series, check_table: Callable[[Path], object]
+) -> tuple[Series, list[Finding], str]:
+    """Open the headers of everything that the models of a series need.
 
     Data are read only of a B1 map, whose median must agree with its unit.
 
+    Parameters
+    ----------
+    series : as discovery found it.
+    check_table : reads the table that names the labels of a segmentation, and raises InputError
+        where it cannot be used.
+
     Returns
     -------
-    job : with ``reason`` set where images cannot be fitted, without the segmentations that are
-        not on their grid, and with a quick mask where the one found is not.
-    findings : each names the file.
+    series : without the segmentations that are of no use, and with a quick mask where the one
+        found is not on the grid.
+    findings : each names the file; they hold for all models, so ``model`` is "".
+    reason : why nothing can be fitted to the images, "" if it can.
     """
-    if not job.eligible:
-        return job, []
     findings: list[Finding] = []
 
     def report(severity: Severity, problem: MetadataError) -> None:
-        series = job.series
         place = f"sub-{series.subject}" + (f"/ses-{series.session}" if series.session else "")
         verb = " skipped" if severity == "error" else ""
-        message = f"{place} {series.label} model {job.model}{verb}: {problem}"
+        message = f"{place} {series.label}{verb}: {problem}"
         findings.append(
-            Finding(severity, message, series.subject, series.session, job.model, problem.file)
+            Finding(severity, message, series.subject, series.session, file=problem.file)
         )
 
     try:
-        reference = _check_series(job)
-        mask = _checked_mask(job.series.mask, reference, report)
-        if job.series.b1_map:
-            _check_b1(Path(job.series.b1_map.image), job.series.b1_map.factor)
-        atlases = tuple(_usable_atlases(job.series.atlases, reference, report))
+        reference = _check_images(series)
+        mask = _checked_mask(series.mask, reference, report)
+        if series.b1_map:
+            _check_b1(Path(series.b1_map.image), series.b1_map.factor)
+        atlases = tuple(_usable_atlases(series.atlases, reference, check_table, report))
     except MetadataError as problem:
         report("error", problem)
-        return replace(job, reason=str(problem)), findings
-    return replace(job, series=replace(job.series, mask=mask, atlases=atlases)), findings
+        return series, findings, str(problem)
+    return replace(series, mask=mask, atlases=atlases), findings, ""
 
 
-def _check_series(job: Job) -> SpatialImage:
+def _check_images(series: Series) -> SpatialImage:
     """Refuse images of one fit that cannot be read, or differ in grid or number of volumes."""
-    series = job.series
     images = [_open(Path(p)) for p in series.images]
     for image in images:
         if series.kind != "dwi":
@@ -88,9 +92,7 @@ def _check_series(job: Job) -> SpatialImage:
     return images[0]
 
 
-def _checked_mask(
-    mask: Mask, reference: SpatialImage, report: Callable[[Severity, MetadataError], None]
-) -> Mask:
+def _checked_mask(mask: Mask, reference: SpatialImage, report: _Report) -> Mask:
     """Replace a mask from derivatives that does not fit by a quick one; ``--mask`` must fit."""
     try:
         for path in map(Path, mask.images):
@@ -114,18 +116,32 @@ def _checked_mask(
 def _usable_atlases(
     atlases: tuple[Atlas, ...],
     reference: SpatialImage,
-    report: Callable[[Severity, MetadataError], None],
+    check_table: Callable[[Path], object],
+    report: _Report,
 ) -> Iterator[Atlas]:
+    """Leave out those from derivatives that are of no use; ``--atlas`` must be of use."""
     for atlas in atlases:
         try:
             image = _open(Path(atlas.image))
             _require_3d(image)
             _require_same_grid(image, reference)
+            if atlas.table:
+                _check_table(Path(atlas.table), check_table)
         except MetadataError as problem:
+            if atlas.origin == "option":
+                text = f"{problem} It was asked for with --atlas {atlas.name}."
+                raise MetadataError(text, problem.file) from None
             text = f"{problem} No ROI table is made for the atlas '{atlas.name}'."
             report("warning", MetadataError(text, problem.file))
         else:
             yield atlas
+
+
+def _check_table(path: Path, check_table: Callable[[Path], object]) -> None:
+    try:
+        check_table(path)
+    except InputError as error:
+        raise MetadataError(str(error), path) from None
 
 
 def _check_b1(path: Path, factor: float) -> None:

@@ -129,7 +129,7 @@ def level(file: BidsFile) -> str:
 def _read_json(path: Path, modified: float) -> dict[str, Any] | str:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return str(error)
     return content if isinstance(content, dict) else "not a JSON object"
 
@@ -188,9 +188,13 @@ def as_list(found: Found, field: str, n: int) -> list[Any]:
 
 def number(value: Any) -> float | None:
     """Give a finite number that is no string or boolean, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        result = float(value)
+    except OverflowError:  # JSON knows integers of any size
+        return None
+    return result if math.isfinite(result) else None
 
 
 def _plausible(value: Any, found: Found, field: str, assume_ms: Sequence[str]) -> float:

@@ -54,7 +54,7 @@ def load_filter_file(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"Filter file {path} cannot be read as JSON ({error}).") from None
     if not isinstance(content, dict):
         raise InputError(f"Filter file {path} must hold one JSON object: query -> entities.")

@@ -78,6 +78,7 @@ class Atlas:
     name: str
     image: str
     table: str = ""
+    origin: Literal["option", "derivatives"] = "derivatives"
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,16 @@ class Series:
 
 @dataclass(frozen=True)
 class Job:
-    """One model on one series, or the reason why not (``reason`` is "" when eligible)."""
+    """One model on one series, or the reason why not (``reason`` is "" when eligible).
+
+    ``cause`` says what kind of reason: the images are ``absent``, they are there but ``broken``
+    (unreadable, a needed field missing), or sound but ``unsuited`` to this model.
+    """
 
     series: Series
     model: str
     reason: str = ""
+    cause: Literal["", "absent", "broken", "unsuited"] = ""
 
     @property
     def eligible(self) -> bool:

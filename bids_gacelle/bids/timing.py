@@ -9,8 +9,9 @@ ms and are read so with a warning.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,8 @@ class Timing:
     echo_time: Sourced | None
     warnings: tuple[str, ...]
     problem: MetadataError | None
+    overruled: Mapping[str, Sourced]
+    """Times in files of the image itself that an option replaces, by field."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,18 @@ def resolve_timing(
     """
     warnings: list[str] = []
     echo_time = _echo_time(run, options)
+    overruled = {f: t for f in _FIELDS if (t := _overruled(f, run, parents, options, warnings))}
     try:
         small, big = (_resolve(f, run, parents, options, warnings.append) for f in _FIELDS)
         if small and big:
             _check_order(small, big, run)
-            return Timing(small, big, echo_time, tuple(warnings), None)
+            return Timing(small, big, echo_time, tuple(warnings), None, overruled)
         problem = _missing(
             run, parents, [f for f, v in zip(_FIELDS, (small, big), strict=True) if not v]
         )
     except MetadataError as error:
         problem = error
-    return Timing(None, None, echo_time, (), problem)
+    return Timing(None, None, echo_time, (), problem, overruled)
 
 
 def _resolve(
@@ -104,12 +108,78 @@ def _resolve(
     options: Options,
     warn: Callable[[str], None],
 ) -> Sourced | None:
-    given = {"SmallDelta": options.small_delta_ms, "BigDelta": options.big_delta_ms}[field]
-    if given is not None:
+    if (given := _given(field, options)) is not None:
         return Sourced((given,), "ms", (_OPTIONS[field],))
     for found, name in _candidates(field, run, options):
         return _in_ms(found, name, run, options, warn)
     return _from_parents(field, run, parents, options, warn)
+
+
+def _given(field: str, options: Options) -> float | None:
+    return {"SmallDelta": options.small_delta_ms, "BigDelta": options.big_delta_ms}[field]
+
+
+def _overruled(
+    field: str,
+    run: RunImage,
+    parents: Sequence[tuple[Dataset, BidsFile]],
+    options: Options,
+    warnings: list[str],
+) -> Sourced | None:
+    """Times that files have although an option gives them; warn where the two differ."""
+    given = _given(field, options)
+    if given is None:
+        return None
+    used = f"; {_OPTIONS[field]} {given:g} ms is used instead"
+    own: Sourced | None = None
+    images = [run, *(RunImage(d, f, run.weighted) for d, f in parents)]
+    for image in images:
+        try:
+            candidate = next(_candidates(field, image, options), None)
+            if not candidate:
+                continue
+            found, name = candidate
+            times = _in_ms(found, name, image, options, lambda _: None)
+        except MetadataError as error:
+            warnings.append(str(error).rstrip(".") + used)
+            continue
+        if _apart(values := _weighted(times, image), given):
+            warnings.append(f"`{name}` is {_range(values)} ms in `{found.file.label}`{used}")
+        if image is run:
+            own = times
+            break
+    return own
+
+
+def differing_times(runs: Sequence[Mapping[str, Sourced]]) -> MetadataError | None:
+    """One option given for runs of a joined series whose own times differ: all but one are lost.
+
+    Parameters
+    ----------
+    runs : `Timing.overruled` of each run.
+    """
+    for field in _FIELDS:
+        stated = [times[field] for times in runs if field in times]
+        for first, second in combinations(stated, 2):
+            a, b = np.array(first.values), np.array(second.values)
+            if a.shape == b.shape and not _apart(a, b):
+                continue
+            return MetadataError(
+                f"{_OPTIONS[field]} would replace times that differ between the runs of one "
+                f"series: {_range(a[a > 0])} ms ({first.sources[0]}) and {_range(b[b > 0])} ms "
+                f"({second.sources[0]}). Leave {_OPTIONS[field]} out, correct the sidecars, or "
+                "fit the runs apart (without --combine-dwi).",
+                field=field,
+            )
+    return None
+
+
+def _weighted(times: Sourced, run: RunImage) -> _Float:
+    return np.broadcast_to(times.values, len(run.weighted))[run.weighted]
+
+
+def _apart(a: npt.ArrayLike, b: npt.ArrayLike) -> bool:
+    return not np.allclose(a, b, rtol=0, atol=_TOLERANCE)
 
 
 def _candidates(field: str, run: RunImage, options: Options) -> Iterator[tuple[Found, str]]:
@@ -202,8 +272,7 @@ _ADVICE = "Give it per volume in the sidecar of the preprocessed image, or pass 
 
 
 def _check_order(small: Sourced, big: Sourced, run: RunImage) -> None:
-    n = len(run.weighted)
-    pulse, separation = (np.broadcast_to(t.values, n)[run.weighted] for t in (small, big))
+    pulse, separation = (_weighted(t, run) for t in (small, big))
     if (pulse > separation + _TOLERANCE).any():
         raise MetadataError(
             f"`{run.image.label}`: SmallDelta ({_range(pulse)} ms, {small.sources[0]}) is longer "
@@ -249,7 +318,7 @@ def _timing_column(field: str, path: Path, n: int) -> Found | None:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise MetadataError(f"Timing file {path} cannot be read ({error}).", path) from None
     if not rows or "volume" not in rows[0] or len(rows) != n:
         raise MetadataError(

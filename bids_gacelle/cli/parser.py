@@ -10,7 +10,7 @@ from typing import Any
 from bids_gacelle import __version__
 from bids_gacelle.cli import argtypes
 from bids_gacelle.errors import InputError
-from bids_gacelle.settings import Settings, read_config
+from bids_gacelle.settings import CHOICES, Settings, read_config
 
 EPILOG = """\
 exit codes:
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("output_dir", type=argtypes.any_path, help="where the derivatives go")
     parser.add_argument(
         "analysis_level",
-        choices=("participant", "group"),
+        choices=CHOICES["analysis_level"],
         help="participant: fit and report; group: merge the ROI tables of all participants",
     )
     parser.add_argument("--version", action="version", version=f"bids-gacelle {__version__}")
@@ -175,12 +175,12 @@ def _fit(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the fit")
     group.add_argument(
         "--solver",
-        choices=("lm", "linear"),
+        choices=CHOICES["solver"],
         help="lm: Levenberg-Marquardt (default); linear: the closed form, where a model has one",
     )
     group.add_argument(
         "--prior",
-        choices=("none", "weak"),
+        choices=("none", *CHOICES["prior"]),
         help="weak: a wide Gaussian prior, stated in the sidecars (default: none)",
     )
     group.add_argument(
@@ -195,7 +195,7 @@ def _fit(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", help="auto (default), cpu, cuda or cuda:N; a device that is absent is an error"
     )
-    group.add_argument("--precision", choices=("float32", "float64"), help="default: float32")
+    group.add_argument("--precision", choices=CHOICES["precision"], help="default: float32")
     group.add_argument("--random-seed", type=int, metavar="N", help="default: 0")
 
 

@@ -3,6 +3,7 @@
 Knows nothing of BIDS, Nipype or files, and needs torch and numpy only.
 """
 
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.fit import fit
 from bids_gacelle.engine.models import Parameter, Reference, SignalModel, get_model, list_models
 from bids_gacelle.engine.prepare import DwiVolumes, PreparedDwi, prepare_dwi
@@ -13,6 +14,7 @@ __all__ = [
     "FLAG_NAMES",
     "DiffusionScheme",
     "DwiVolumes",
+    "EngineError",
     "FitResult",
     "GradientEchoScheme",
     "Parameter",

@@ -6,6 +6,8 @@ import logging
 
 import torch
 
+from bids_gacelle.engine.errors import EngineError
+
 logger = logging.getLogger(__name__)
 
 
@@ -16,7 +18,7 @@ def resolve_device(name: str) -> torch.device:
 
     Raises
     ------
-    ValueError
+    EngineError
         The name is unknown, or the GPU asked for is not there or cannot be used.
     """
     if name == "auto":
@@ -26,13 +28,13 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu") if problem else torch.device("cuda", 0)
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise ValueError(f"Device {name!r} is unknown; give auto, cpu, cuda or cuda:<number>.")
+        raise EngineError(f"Device {name!r} is unknown; give auto, cpu, cuda or cuda:<number>.")
     if kind == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", int(index or 0))
     problem = _cuda_problem(device)
     if problem:
-        raise ValueError(f"Device {name!r} was asked for but {problem}; use 'auto' or 'cpu'.")
+        raise EngineError(f"Device {name!r} was asked for but {problem}; use 'auto' or 'cpu'.")
     return device
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from bids_gacelle.engine.blocks import default_block_size, for_blocks
 from bids_gacelle.engine.device import resolve_device
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import Kernel, Voxels, compile_wanted
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.objective import (
@@ -31,8 +33,11 @@ from bids_gacelle.engine.uncertainty import assess
 _PRECISIONS = {
     "float32": torch.float32,
     "float64": torch.float64,
-}  # Double-precision temporaries of an assessment take some 20 kB a voxel.
+}
+# Double-precision temporaries of an assessment take some 20 kB a voxel.
 _JUDGED_AT_ONCE = 4096
+# Half widths of 95 % intervals in standard deviations, where 1.96 is far too small.
+_STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18}
 
 Progress = Callable[[int, int], None]
 
@@ -43,6 +48,8 @@ def fit(
     *,
     mask: ArrayLike | Tensor | None = None,
     sigma: float | ArrayLike | Tensor | None = None,
+    scale_sigma: ArrayLike | Tensor | None = None,
+    scale_group: ArrayLike | None = None,
     inputs: Mapping[str, ArrayLike | Tensor] | None = None,
     solver: str = "lm",
     noise: str = "gaussian",
@@ -70,6 +77,11 @@ def fit(
         Standard deviation of the measurements in the units of the data: a number, (*grid) or
         (measurements, *grid); infinity excludes a measurement. Left out, each voxel's noise
         variance is its sum of squares over its degrees of freedom.
+    scale_sigma, scale_group
+        (groups, *grid) relative standard deviation of a factor that the measurements of a group
+        share, such as the b = 0 signal they were divided by, and the (measurements,) group of
+        each, counted from 0. It widens the standard deviations of the maps; weights and estimates
+        do not depend on it.
     inputs
         Voxel inputs of the model, (*grid) each; those left out take the model's default.
     solver
@@ -99,26 +111,35 @@ def fit(
 
     Raises
     ------
-    ValueError
+    EngineError
         An argument is unknown, or a shape does not match.
 
     Notes
     -----
     A voxel is unusable (flag 4) when a measurement is not finite, all are zero, the first (echo,
-    flip angle or shell) is not positive, or its sigma or a voxel input is not a positive number.
-    Single non-positive values elsewhere are noise and are fitted.
+    flip angle or shell) is not positive, its sigma or a voxel input is not a positive number, or
+    its scale_sigma is negative or no number. Single non-positive values elsewhere are noise and
+    are fitted.
     """
     began = time.perf_counter()
     objective = make_objective(model, noise, loss, prior)
     run = get_solver(solver)
     place = resolve_device(device)
     if precision not in _PRECISIONS:
-        raise ValueError(f"Precision {precision!r} is unknown; give float32 or float64.")
+        raise EngineError(f"Precision {precision!r} is unknown; give float32 or float64.")
     if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size must be positive, got {block_size}.")
-    study = Study(model, data, mask, sigma, inputs)
+        raise EngineError(f"block_size must be positive, got {block_size}.")
+    study = Study(
+        model,
+        data,
+        mask=mask,
+        sigma=sigma,
+        scale_sigma=scale_sigma,
+        scale_group=scale_group,
+        inputs=inputs,
+    )
     if objective.prior is not None and study.sigma is None and study.degrees < 1:
-        raise ValueError(
+        raise EngineError(
             f"A prior needs the noise level, but {model.name} has as many parameters as there are "
             "measurements: give sigma."
         )
@@ -148,17 +169,32 @@ def _account(study: Study, maps: Maps, seconds: float) -> dict[str, Any]:
     """Return the settings that are known after the fit."""
     account: dict[str, Any] = {
         "sigma": "residual" if study.sigma is None else "given",
+        "scale_sigma": None if study.shared is None else "given",
         "degrees_of_freedom": study.degrees,
         "n_voxels": study.n,
         "seconds": seconds,
         "voxels_per_second": study.n / seconds,
         "at_bound": maps.share_at_bound(),
     }
-    if study.sigma is None and study.degrees < 1:
-        account["note"] = (
-            "No standard deviations: there are as many parameters as measurements and no sigma."
-        )
+    if study.sigma is None and study.degrees <= max(_STUDENT_T):
+        account["note"] = _note(study.degrees)
     return account
+
+
+def _note(degrees: int) -> str:
+    """Say for the report what so few degrees of freedom mean for standard deviations."""
+    if degrees < 1:
+        return (
+            "There are no more measurements than parameters, so that no residuals are left to "
+            "tell the noise from, and no noise level was given: there are no standard deviations, "
+            "except of the other parameters where one is at a bound."
+        )
+    return (
+        f"Standard deviations rest on the residuals of {degrees} "
+        f"degree{'s' if degrees > 1 else ''} of freedom in each voxel: a 95 % interval is the "
+        f"estimate plus or minus {_STUDENT_T[degrees]:.2f} (not 1.96) standard deviations, by "
+        "Student's t distribution with that many degrees of freedom."
+    )
 
 
 class _Fitter:
@@ -220,7 +256,8 @@ class _Fitter:
         for start in range(0, n, _JUDGED_AT_ONCE):
             part = slice(start, min(start + _JUDGED_AT_ONCE, n))
             ended = solution.take(part)
-            verdict = assess(self.exact, exact.take(part), ended)
+            shared = None if block.shared is None else block.shared.take(part)
+            verdict = assess(self.exact, exact.take(part), ended, shared)
             where = begin + np.flatnonzero(block.usable)[part]
             maps.store(where, block.scale[part], self.exact, ended, verdict)
 
@@ -236,15 +273,15 @@ class _Fitter:
 
 def _tune(starts: int, seed: int, options: Mapping[str, Any] | None) -> Settings:
     """Return the checked settings of the solver."""
-    if starts < 1:
-        raise ValueError(f"starts must be at least 1, got {starts}.")
+    if isinstance(starts, bool) or not isinstance(starts, Integral) or starts < 1:
+        raise EngineError(f"starts must be a whole number and at least 1, got {starts!r}.")
     known = {f.name for f in fields(Settings)} - {"starts", "seed", "compiled"}
     unknown = sorted(set(options or {}) - known)
     if unknown:
-        raise ValueError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
-    settings = Settings(starts=starts, seed=seed, **(options or {}))
+        raise EngineError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
+    settings = Settings(starts=int(starts), seed=seed, **(options or {}))
     if settings.dictionary < starts:
-        raise ValueError(
+        raise EngineError(
             f"A dictionary of {settings.dictionary} entries cannot give {starts} starts."
         )
     return settings

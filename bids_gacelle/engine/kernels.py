@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.objective import Objective
 
@@ -60,6 +61,25 @@ class Voxels(NamedTuple):
         return fixed + list(self.inputs.values())
 
 
+class SharedFactor(NamedTuple):
+    """Noise of factors that several measurements have in common, besides noise of their own.
+
+    Attributes
+    ----------
+    sigma
+        (groups, voxels) relative standard deviation of each factor.
+    group
+        (measurements,) the factor of each measurement.
+    """
+
+    sigma: Tensor
+    group: Tensor
+
+    def take(self, index: slice) -> SharedFactor:
+        """Return the voxels at `index`."""
+        return self._replace(sigma=self.sigma[:, index])
+
+
 class NormalEquations(NamedTuple):
     """Cost, gradient and Gauss-Newton Hessian: (voxels,), (P, voxels), (P, P, voxels)."""
 
@@ -99,7 +119,7 @@ class Kernel:
         self.logs = tuple(p.coordinate == "log" for p in parameters)
         amplitudes = [i for i, p in enumerate(parameters) if p.amplitude]
         if len(amplitudes) > 1:
-            raise ValueError(
+            raise EngineError(
                 f"{model.name} declares {len(amplitudes)} amplitudes; one is allowed."
             )
         self.amplitude = amplitudes[0] if amplitudes else None
@@ -201,12 +221,12 @@ def compile_wanted(model: SignalModel, fits: int, device: torch.device) -> bool:
 
     Raises
     ------
-    ValueError
+    EngineError
         The variable holds anything but never, auto or always.
     """
     choice = os.environ.get(COMPILE_VARIABLE, "auto")
     if choice not in ("never", "auto", "always"):
-        raise ValueError(f"{COMPILE_VARIABLE} is {choice!r}; it must be never, auto or always.")
+        raise EngineError(f"{COMPILE_VARIABLE} is {choice!r}; it must be never, auto or always.")
     if choice != "auto":
         return choice == "always"
     if fits < model.compile_from:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import Parameter, SignalModel
 
 NOISE_MODELS = ("gaussian",)
@@ -58,13 +59,13 @@ def make_objective(model: SignalModel, noise: str, loss: str, prior: PriorArgume
 
     Raises
     ------
-    ValueError
+    EngineError
         Something is unknown or not available.
     """
     if noise not in NOISE_MODELS:
-        raise ValueError(f"Noise model {noise!r} is not available; there is {NOISE_MODELS[0]!r}.")
+        raise EngineError(f"Noise model {noise!r} is not available; there is {NOISE_MODELS[0]!r}.")
     if loss not in LOSSES:
-        raise ValueError(f"Loss {loss!r} is not available; there is {LOSSES[0]!r}.")
+        raise EngineError(f"Loss {loss!r} is not available; there is {LOSSES[0]!r}.")
     return Objective(noise, loss, _make_prior(model, prior))
 
 
@@ -73,7 +74,7 @@ def _make_prior(model: SignalModel, prior: PriorArgument) -> Prior | None:
         return None
     if isinstance(prior, str):
         if prior != "weak":
-            raise ValueError(
+            raise EngineError(
                 f"Prior {prior!r} is unknown; give None, 'weak' or {{name: (mean, sd)}}."
             )
         given = {p.name: p.prior for p in model.parameters if p.prior is not None}
@@ -81,7 +82,7 @@ def _make_prior(model: SignalModel, prior: PriorArgument) -> Prior | None:
         given = dict(prior)
     unknown = sorted(set(given) - set(model.parameter_names))
     if unknown:
-        raise ValueError(
+        raise EngineError(
             f"The prior names {unknown[0]!r}, which {model.name} does not fit; "
             f"it fits {', '.join(model.parameter_names)}."
         )
@@ -94,13 +95,18 @@ def _make_prior(model: SignalModel, prior: PriorArgument) -> Prior | None:
 
 
 def _check_normal(parameter: Parameter, normal: tuple[float, float]) -> tuple[float, float]:
-    mean, sd = (float(value) for value in normal)
+    try:
+        mean, sd = (float(value) for value in normal)
+    except (TypeError, ValueError) as error:
+        raise EngineError(
+            f"The prior of {parameter.name} is {normal!r}; it must be (mean, sd)."
+        ) from error
     if parameter.amplitude:
-        raise ValueError(
+        raise EngineError(
             f"{parameter.name} is an amplitude and takes no prior: its scale is that of the data."
         )
     if not (np.isfinite(mean) and np.isfinite(sd) and sd > 0):
-        raise ValueError(
+        raise EngineError(
             f"The prior of {parameter.name} is ({mean}, {sd}); "
             "the mean must be finite and the sd positive."
         )

@@ -3,18 +3,20 @@
 All volumes of one shell (same b, Delta, delta and echo time) become one powder average S_0 and,
 on request, rotational invariants S_2, S_4, ... divided by the b=0 signal of their own run and
 echo time, each with its standard deviation. Every step is linear in the volumes of one voxel, so
-that the noise is propagated exactly and no voxel ever sees its neighbours.
+that the noise is propagated exactly and no voxel ever sees its neighbours. The noise of a b=0
+signal is common to all shells that it divides; it is handed on apart from theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.scheme import DiffusionScheme
 
 Powder = Literal["auto", "mean", "sh"]
@@ -69,8 +71,11 @@ class PreparedDwi:
     ----------
     signals : (M, voxels), relative to b = 0; NaN where not ``usable``.
     scheme : the shells, ``n_directions`` set.
-    sigma : (M, voxels) standard deviation of each measurement, or None when the volumes do not
-        tell (fewer than 8 degrees of freedom).
+    sigma : (M, voxels) standard deviation of each measurement, that of its b=0 signal left out,
+        or None when the volumes do not tell (fewer than 8 degrees of freedom).
+    scale_sigma : (groups, voxels) relative standard deviation of the mean b=0 signal of each run
+        and echo time; None together with ``sigma``.
+    scale_group : (M,) row of ``scale_sigma`` whose b=0 signal divides the measurement.
     b0 : (voxels,) mean b=0 signal of the first run (its shortest echo time), input units.
     usable : (voxels,) every average is finite and every b=0 average positive.
     warnings : sentences for the user.
@@ -79,6 +84,8 @@ class PreparedDwi:
     signals: npt.NDArray[np.float32]
     scheme: DiffusionScheme
     sigma: npt.NDArray[np.float32] | None
+    scale_sigma: npt.NDArray[np.float32] | None
+    scale_group: _Index
     b0: npt.NDArray[np.float32]
     usable: npt.NDArray[np.bool_]
     warnings: list[str] = field(default_factory=list)
@@ -125,28 +132,32 @@ def prepare_dwi(
     S_l = sqrt(sum_m f_lm^2) / sqrt(4 pi (2l+1)) with f_lm the coefficients in real orthonormal SH
     (order 6, Laplace-Beltrami penalty on l > max(2, l_max) only, so that S_2 is never shrunk).
     The noise of a run is pooled per voxel from its b=0 repeats and from the residuals of SH fits
-    to the shells with enough directions, and propagated through all of this, b=0 included.
+    to the shells with enough directions, and propagated through all of this.
 
     Parameters
     ----------
     runs : volumes of the same voxels; shells of all runs are concatenated, sorted within a run
         by echo time, delta, Delta, b.
     l_max : 0, or the highest even order of the invariants.
-    b0_threshold : s/mm^2; volumes below it are b=0.
+    b0_threshold : s/mm^2, from 0 up; volumes up to this b are b=0.
     powder : "auto" (above), "mean" or "sh" for all shells.
 
     Raises
     ------
-    ValueError
+    EngineError
         When gradients, timing or shells cannot be used; the message names run and volume or
         shell.
     """
+    if not (np.isfinite(b0_threshold) and b0_threshold >= 0):
+        raise EngineError(
+            f"the b=0 threshold is {b0_threshold:g}; a number of s/mm^2 from 0 up is needed"
+        )
     if not runs:
-        raise ValueError("no dwi run given")
+        raise EngineError("no dwi run given")
     if l_max < 0 or l_max % 2:
-        raise ValueError(f"l_max must be 0 or even, found {l_max}")
+        raise EngineError(f"l_max must be 0 or even, found {l_max}")
     if len({run.signal.shape[1:] for run in runs}) > 1:
-        raise ValueError(f"the runs differ in voxels: {[run.signal.shape[1] for run in runs]}")
+        raise EngineError(f"the runs differ in voxels: {[run.signal.shape[1] for run in runs]}")
     warnings: list[str] = []
     parts, shells = [], []
     for number, run in enumerate(runs, start=1):
@@ -161,10 +172,10 @@ def prepare_dwi(
         warnings.append(
             "noise not estimated: too few b=0 repeats and directions "
             f"({min(part.degrees_of_freedom for part in parts)} degrees of freedom, "
-            f"{_MIN_DEGREES_OF_FREEDOM} needed)"
+            f"{_MIN_DEGREES_OF_FREEDOM} needed); standard deviations of maps leave out that of "
+            "the b=0 signal"
         )
-    signals, sigma, b0, usable = _measure(parts, l_max, sigma_known)
-    return PreparedDwi(signals, _scheme(shells), sigma, b0, usable, warnings)
+    return _measure(parts, l_max, sigma_known, _scheme(shells), warnings)
 
 
 def real_sh(directions: npt.ArrayLike, order: int) -> _Float:
@@ -238,7 +249,7 @@ def _find_shells(
 ) -> tuple[list[_Shell], list[str]]:
     bval, directions, notes = _check_gradients(run, b0_threshold, name)
     n = len(bval)
-    is_b0 = bval < b0_threshold
+    is_b0 = bval <= b0_threshold
     timing = {
         key: _check_timing(getattr(run, key), key, n, ~is_b0 | (key == "echo_time"), name)
         for key in ("big_delta", "small_delta", "echo_time")
@@ -273,31 +284,31 @@ def _check_gradients(
     bval, bvec = np.asarray(run.bval, np.float64), np.asarray(run.bvec, np.float64)
     n = run.signal.shape[0]
     if run.signal.ndim != 2 or bval.shape != (n,) or bvec.shape != (n, 3):
-        raise ValueError(
+        raise EngineError(
             f"{name} has {n} volumes, but bval of shape {bval.shape} and bvec of shape "
             f"{bvec.shape}; ({n},) and ({n}, 3) are needed"
         )
     bad = np.flatnonzero(~np.isfinite(bval) | (bval < 0))
     if bad.size:
-        raise ValueError(
+        raise EngineError(
             f"{name}: the b-value of volume {bad[0]} (counted from 0) is {bval[bad[0]]:g}; "
             "a number of s/mm^2 from 0 up is needed"
         )
-    weighted = bval >= b0_threshold
+    weighted = bval > b0_threshold
     if not weighted.any():
-        raise ValueError(
-            f"{name}: no b-value reaches {b0_threshold:g} s/mm^2 (highest {bval.max():g}); "
+        raise EngineError(
+            f"{name}: no b-value is above {b0_threshold:g} s/mm^2 (highest {bval.max():g}); "
             "b-values must be in s/mm^2"
         )
     if weighted.all():
-        raise ValueError(
-            f"{name}: no volume has b below {b0_threshold:g} s/mm^2 (lowest {bval.min():g}); "
+        raise EngineError(
+            f"{name}: no volume has b up to {b0_threshold:g} s/mm^2 (lowest {bval.min():g}); "
             "a b=0 volume is needed to normalise, or a higher b=0 threshold"
         )
     length = np.linalg.norm(bvec, axis=1)
     bad = np.flatnonzero(weighted & ~(np.isfinite(length) & (length > 1e-3)))
     if bad.size:
-        raise ValueError(
+        raise EngineError(
             f"{name}: volume {bad[0]} (counted from 0) has b = {bval[bad[0]]:g} s/mm^2 but the "
             f"gradient direction {bvec[bad[0]].tolist()}; correct the bvec file"
         )
@@ -321,10 +332,10 @@ def _check_timing(
         return None
     array = np.asarray(values, np.float64)
     if array.shape != (n,):
-        raise ValueError(f"{name} has {n} volumes, but {field} of shape {array.shape}")
+        raise EngineError(f"{name} has {n} volumes, but {field} of shape {array.shape}")
     bad = np.flatnonzero(needed & ~(np.isfinite(array) & (array > 0)))
     if bad.size:
-        raise ValueError(
+        raise EngineError(
             f"{name}: {field} of volume {bad[0]} (counted from 0) is {array[bad[0]]:g}; "
             "a positive time is needed"
         )
@@ -351,13 +362,13 @@ def _split_b(bval: _Float, volumes: _Index) -> list[_Index]:
 
 def _check_shell(shell: _Shell, bval: _Float, name: str) -> None:
     if not shell.b0_volumes.size:
-        raise ValueError(
+        raise EngineError(
             f"{name}: no b=0 volume has the echo time of the shell {shell}; every echo time needs "
             "its own b=0 volume"
         )
     low, high = bval[shell.volumes].min(), bval[shell.volumes].max()
     if high - low > max(_B_SPREAD[0], _B_SPREAD[1] * shell.b):
-        raise ValueError(
+        raise EngineError(
             f"{name}: b-values from {low:g} to {high:g} s/mm^2 run on without a gap; powder "
             "averages need shells, this acquisition has none there"
         )
@@ -398,7 +409,7 @@ def _estimator(shell: _Shell, l_max: int, powder: Powder, name: str) -> _Estimat
     top = max(2, l_max)
     determined = _determines(directions, top)
     if not determined and (l_max or powder == "sh"):
-        raise ValueError(
+        raise EngineError(
             f"{name}: the {n} directions of the shell {shell} do not determine spherical "
             f"harmonics up to l = {top} (at least {(top + 1) * (top + 2) // 2} well spread "
             "directions are needed); use l_max 0 or leave this shell out"
@@ -474,65 +485,100 @@ class _Run:
         return list(unique.values())
 
     @property
+    def b0_group(self) -> list[int]:
+        """The place in ``b0_groups`` of the b=0 volumes of each shell."""
+        groups = [tuple(group) for group in self.b0_groups]
+        return [groups.index(tuple(shell.b0_volumes)) for shell in self.shells]
+
+    @property
     def degrees_of_freedom(self) -> int:
         repeats = sum(len(group) - 1 for group in self.b0_groups)
         return repeats + sum(e.degrees_of_freedom for e in self.estimators)
 
 
 def _measure(
-    parts: list[_Run], l_max: int, sigma_known: bool
-) -> tuple[
-    npt.NDArray[np.float32],
-    npt.NDArray[np.float32] | None,
-    npt.NDArray[np.float32],
-    npt.NDArray[np.bool_],
-]:
+    parts: list[_Run],
+    l_max: int,
+    sigma_known: bool,
+    scheme: DiffusionScheme,
+    warnings: list[str],
+) -> PreparedDwi:
     """Signals and their noise for all voxels, in blocks of bounded memory."""
     voxels = parts[0].signal.shape[1]
-    n_shells = sum(len(part.shells) for part in parts)
-    signals = np.empty((n_shells * (l_max // 2 + 1), voxels), np.float32)
-    sigma = np.empty_like(signals) if sigma_known else None
+    orders = l_max // 2 + 1
+    signals = np.empty((len(scheme) * orders, voxels), np.float32)
+    group = _groups(parts)
+    sigma = np.empty_like(signals)
+    scale_sigma = np.empty((group.max() + 1, voxels), np.float32)
     b0 = np.empty(voxels, np.float32)
     usable = np.empty(voxels, bool)
     step = max(1, _BLOCK_ELEMENTS // max(part.signal.shape[0] for part in parts))
     for start in range(0, voxels, step):
         block = slice(start, start + step)
         measured = [_measure_run(part, block, sigma_known) for part in parts]
-        values, variances = (
-            np.concatenate([m[i] for m in measured], axis=1).reshape(len(signals), -1)
-            for i in (0, 1)
+        values, deviations = (
+            np.concatenate([getattr(m, key) for m in measured], axis=1).reshape(len(signals), -1)
+            for key in ("values", "deviations")
         )
-        references = np.concatenate([m[2] for m in measured])
+        references = np.concatenate([m.b0 for m in measured])
+        relative = np.concatenate([m.b0_deviations for m in measured])
         good = np.isfinite(values).all(axis=0) & (references > 0).all(axis=0)
         signals[:, block] = np.where(good, values, np.nan)
-        if sigma is not None:
-            deviation = np.maximum(np.sqrt(variances), _SMALLEST_SIGMA)
-            sigma[:, block] = np.where(good, deviation, np.nan)
+        sigma[:, block] = np.where(good, np.maximum(deviations, _SMALLEST_SIGMA), np.nan)
+        scale_sigma[:, block] = np.where(good, relative, np.nan)
         b0[block] = references[0]
         usable[block] = good
-    return signals, sigma, b0, usable
+    return PreparedDwi(
+        signals=signals,
+        scheme=scheme,
+        sigma=sigma if sigma_known else None,
+        scale_sigma=scale_sigma if sigma_known else None,
+        scale_group=np.tile(group, orders),
+        b0=b0,
+        usable=usable,
+        warnings=warnings,
+    )
 
 
-def _measure_run(part: _Run, block: slice, sigma_known: bool) -> tuple[_Float, _Float, _Float]:
-    """Values and variances (orders, shells, voxels) of a block, and b=0 means per echo time."""
+def _groups(parts: list[_Run]) -> _Index:
+    """Number of the b=0 group of each shell, counted through all runs."""
+    numbers: list[int] = []
+    before = 0
+    for part in parts:
+        numbers += [before + number for number in part.b0_group]
+        before += len(part.b0_groups)
+    return np.array(numbers, np.intp)
+
+
+class _Measured(NamedTuple):
+    """A block: (orders, shells, voxels), and (groups, voxels) of the b=0 means, relative SDs."""
+
+    values: _Float
+    deviations: _Float
+    b0: _Float
+    b0_deviations: _Float
+
+
+def _measure_run(part: _Run, block: slice, sigma_known: bool) -> _Measured:
     y = part.signal[:, block].astype(np.float64)
     orders = [0, *part.estimators[0].coefficients]
     values = np.empty((len(orders), len(part.shells), y.shape[1]))
     factors = np.empty_like(values)
+    number = np.array([len(group) for group in part.b0_groups])[:, None]
     # Infinities and zeros in the background are expected; they end as "not usable".
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        noise = _noise_variance(part, y) if sigma_known else np.zeros(y.shape[1])
+        noise = np.sqrt(_noise_variance(part, y)) if sigma_known else np.zeros(y.shape[1])
+        references = np.stack([y[group].mean(axis=0) for group in part.b0_groups])
+        b0 = references[part.b0_group]
         for i, (shell, estimator) in enumerate(zip(part.shells, part.estimators, strict=True)):
-            b0 = y[shell.b0_volumes].mean(axis=0)
-            x = y[shell.volumes] / b0
+            x = y[shell.volumes] / b0[i]
             values[0, i] = estimator.mean @ x
             factors[0, i] = np.sum(estimator.mean**2)
             for k, (degree, matrix) in enumerate(estimator.coefficients.items(), start=1):
                 values[k, i], factors[k, i] = _invariant(matrix, x, degree)
-            factors[:, i] += values[:, i] ** 2 / len(shell.b0_volumes)
-            factors[:, i] *= noise / b0**2
-        references = np.stack([y[group].mean(axis=0) for group in part.b0_groups])
-    return values, factors, references
+        return _Measured(
+            values, np.sqrt(factors) * noise / b0, references, noise / references / np.sqrt(number)
+        )
 
 
 def _invariant(matrix: _Float, x: _Float, degree: int) -> tuple[_Float, _Float]:

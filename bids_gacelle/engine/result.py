@@ -24,7 +24,7 @@ FLAG_SEVERAL_MINIMA = 16
 FLAG_IMPLAUSIBLE = 32
 FLAG_NAMES = {
     FLAG_OUTSIDE: "outside the mask",
-    FLAG_AT_BOUND: "parameter at a bound",
+    FLAG_AT_BOUND: "a parameter at a bound",
     FLAG_UNUSABLE: "unusable input",
     FLAG_NOT_CONVERGED: "not converged",
     FLAG_SEVERAL_MINIMA: "several minima of similar depth",

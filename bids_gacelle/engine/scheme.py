@@ -8,17 +8,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bids_gacelle.engine.errors import EngineError
+
 FloatArray = NDArray[np.float64]
 
 
 def _column(name: str, unit: str, values: ArrayLike) -> FloatArray:
     """Return `values` as a read-only vector of finite positive numbers."""
-    array = np.atleast_1d(np.array(values, dtype=np.float64))
+    try:
+        array = np.atleast_1d(np.array(values, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise EngineError(f"{name} must be a list of numbers in {unit}: {error}.") from error
     if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name} must be a list of numbers in {unit}, got shape {array.shape}.")
+        raise EngineError(f"{name} must be a list of numbers in {unit}, got shape {array.shape}.")
     good = np.isfinite(array) & (array > 0)
     if not good.all():
-        raise ValueError(
+        raise EngineError(
             f"{name} holds {array[~good][0]}; every value must be a finite positive number "
             f"in {unit}."
         )
@@ -26,15 +31,15 @@ def _column(name: str, unit: str, values: ArrayLike) -> FloatArray:
 
 
 def _equal_length(columns: dict[str, FloatArray | None]) -> dict[str, FloatArray | None]:
-    """Broadcast single values to the common length; raise ValueError when lengths differ."""
+    """Broadcast single values to the common length; raise EngineError when lengths differ."""
     lengths = {name: column.size for name, column in columns.items() if column is not None}
     if not lengths:
-        raise ValueError(f"The acquisition is empty: give at least one of {', '.join(columns)}.")
+        raise EngineError(f"The acquisition is empty: give at least one of {', '.join(columns)}.")
     n = max(lengths.values())
     wrong = {name: size for name, size in lengths.items() if size not in (1, n)}
     if wrong:
         listed = ", ".join(f"{name} has {size}" for name, size in lengths.items())
-        raise ValueError(f"The columns of the acquisition differ in length: {listed}.")
+        raise EngineError(f"The columns of the acquisition differ in length: {listed}.")
     out: dict[str, FloatArray | None] = {}
     for name, column in columns.items():
         if column is not None:
@@ -79,7 +84,7 @@ class DiffusionScheme(_Scheme):
 
     Raises
     ------
-    ValueError
+    EngineError
         A value is not positive and finite, the lengths differ, or a pulse lasts longer than the
         separation of the two.
     """
@@ -112,7 +117,7 @@ class DiffusionScheme(_Scheme):
         if self.big_delta is not None and self.small_delta is not None:
             late = self.small_delta > self.big_delta
             if late.any():
-                raise ValueError(
+                raise EngineError(
                     f"small_delta {self.small_delta[late][0]} ms is longer than big_delta "
                     f"{self.big_delta[late][0]} ms; a pulse cannot outlast the separation."
                 )
@@ -136,7 +141,7 @@ class GradientEchoScheme(_Scheme):
 
     Raises
     ------
-    ValueError
+    EngineError
         A value is not positive and finite, or the lengths differ.
     """
 

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from bids_gacelle.engine.kernels import Voxels
+from bids_gacelle.engine.errors import EngineError
+from bids_gacelle.engine.kernels import SharedFactor, Voxels
 from bids_gacelle.engine.models.base import SignalModel
 
 Array = NDArray[np.generic]
@@ -26,11 +27,14 @@ class Block:
         Data, weights, noise variance and inputs; data divided by `scale`.
     scale
         (usable voxels,) what the data were divided by; 1 for models without an amplitude.
+    shared
+        Noise that measurements share, or None.
     usable
         (voxels of the block,) bool, on the host.
     """
 
     voxels: Voxels
+    shared: SharedFactor | None
     scale: Tensor
     usable: NDArray[np.bool_]
 
@@ -40,7 +44,7 @@ class Study:
 
     Parameters
     ----------
-    model, data, mask, sigma, inputs
+    model, data, mask, sigma, scale_sigma, scale_group, inputs
         As in `fit`.
 
     Attributes
@@ -54,24 +58,28 @@ class Study:
 
     Raises
     ------
-    ValueError
-        A shape does not match, the data are complex, the mask is empty, sigma is not positive, or
-        the model has no such input.
+    EngineError
+        A shape does not match, the data are complex, the mask is empty, sigma is not positive,
+        only one of `scale_sigma` and `scale_group` is given or they do not match, or the model
+        has no such input.
     """
 
     def __init__(
         self,
         model: SignalModel,
         data: ArrayLike | Tensor,
-        mask: ArrayLike | Tensor | None,
-        sigma: float | ArrayLike | Tensor | None,
-        inputs: Mapping[str, ArrayLike | Tensor] | None,
+        *,
+        mask: ArrayLike | Tensor | None = None,
+        sigma: float | ArrayLike | Tensor | None = None,
+        scale_sigma: ArrayLike | Tensor | None = None,
+        scale_group: ArrayLike | None = None,
+        inputs: Mapping[str, ArrayLike | Tensor] | None = None,
     ) -> None:
         array = _host(data)
         if np.iscomplexobj(array):
-            raise ValueError(f"{model.name} fits real data (magnitudes), got {array.dtype}.")
+            raise EngineError(f"{model.name} fits real data (magnitudes), got {array.dtype}.")
         if array.ndim == 0 or array.shape[0] != model.n_measurements:
-            raise ValueError(
+            raise EngineError(
                 f"{model.name} expects {model.n_measurements} measurements on the first axis "
                 f"for this acquisition, got data of shape {array.shape}."
             )
@@ -84,12 +92,13 @@ class Study:
         self.index = np.flatnonzero(chosen)
         self.n = len(self.index)
         if self.n == 0:
-            raise ValueError("The mask holds no voxel: there is nothing to fit.")
+            raise EngineError("The mask holds no voxel: there is nothing to fit.")
         self.sigma = None if sigma is None else self._read_sigma(sigma)
+        self.shared = self._read_scale(scale_sigma, scale_group)
         self.inputs: dict[str, Array] = {}
         for name, value in (inputs or {}).items():
             if name not in model.voxel_inputs:
-                raise ValueError(
+                raise EngineError(
                     f"{model.name} has no voxel input {name!r}; "
                     f"it has {', '.join(model.voxel_inputs) or 'none'}."
                 )
@@ -98,7 +107,7 @@ class Study:
 
     def _require(self, what: str, shape: tuple[int, ...]) -> None:
         if shape != self.grid:
-            raise ValueError(f"{what} has shape {shape} but the data have the grid {self.grid}.")
+            raise EngineError(f"{what} has shape {shape} but the data have the grid {self.grid}.")
 
     def _read_sigma(self, sigma: float | ArrayLike | Tensor) -> Array:
         """Return sigma as a 0-d, (voxels,) or (measurements, voxels) array."""
@@ -108,13 +117,39 @@ class Study:
         if array.shape == (self.n_measurements, *self.grid):
             return array.reshape(self.n_measurements, -1)
         if array.ndim:
-            raise ValueError(
+            raise EngineError(
                 f"sigma has shape {array.shape}; it must be a number, {self.grid} or "
                 f"{(self.n_measurements, *self.grid)}."
             )
         if not (np.isfinite(array) and array > 0):  # type: ignore[operator]
-            raise ValueError(f"sigma is {array}; it must be a positive number.")
+            raise EngineError(f"sigma is {array}; it must be a positive number.")
         return array
+
+    def _read_scale(
+        self, sigma: ArrayLike | Tensor | None, group: ArrayLike | None
+    ) -> tuple[Array, NDArray[np.intp]] | None:
+        """Return relative deviations (groups, voxels) and the group of each measurement."""
+        if sigma is None and group is None:
+            return None
+        if sigma is None or group is None:
+            raise EngineError("scale_sigma and scale_group are needed together; one is missing.")
+        array, number = _host(sigma), np.asarray(group)
+        if array.shape[1:] != self.grid or array.ndim == 0 or len(array) == 0:
+            raise EngineError(
+                f"scale_sigma has shape {array.shape}; it must be (groups, *grid) with the grid "
+                f"{self.grid}."
+            )
+        if number.shape != (self.n_measurements,) or number.dtype.kind not in "iu":
+            raise EngineError(
+                f"scale_group must be {self.n_measurements} whole numbers, one for each "
+                f"measurement, got {number.dtype} of shape {number.shape}."
+            )
+        if number.min() < 0 or number.max() >= len(array):
+            raise EngineError(
+                f"scale_group holds {number.min()} to {number.max()}, but scale_sigma has the "
+                f"groups 0 to {len(array) - 1}."
+            )
+        return array.reshape(len(array), -1), number.astype(np.intp)
 
     def block(self, start: int, stop: int, device: torch.device, model: SignalModel) -> Block:
         """Return the usable voxels from `start` to `stop` of the mask, normalised.
@@ -133,6 +168,9 @@ class Study:
         if sigma is not None:
             rows = np.atleast_2d(sigma)
             usable &= (rows > 0).all(0) & np.isfinite(rows).any(0)
+        common = None if self.shared is None else self.shared[0][:, index].astype(np.float64)
+        if common is not None:
+            usable &= (np.isfinite(common) & (common >= 0)).all(0)
         data = data[:, usable]
         has_amplitude = any(p.amplitude for p in model.parameters)
         scale = np.abs(data).max(0) if has_amplitude else np.ones(data.shape[1])
@@ -146,7 +184,11 @@ class Study:
             noise_variance=None if variance is None else as_tensor(variance),
             inputs={name: as_tensor(value[usable]) for name, value in inputs.items()},
         )
-        return Block(voxels, as_tensor(scale), usable)
+        shared = None
+        if self.shared is not None and common is not None:
+            group = torch.as_tensor(self.shared[1], device=device)
+            shared = SharedFactor(as_tensor(common[:, usable]), group)
+        return Block(voxels, shared, as_tensor(scale), usable)
 
     def _block_sigma(self, index: NDArray[np.intp]) -> NDArray[np.float64] | None:
         """Return sigma of some voxels, (voxels,) or (measurements, voxels)."""

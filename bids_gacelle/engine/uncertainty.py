@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.derivatives import voxelwise_gradients
-from bids_gacelle.engine.kernels import Kernel, Voxels
+from bids_gacelle.engine.kernels import Kernel, SharedFactor, Voxels
 from bids_gacelle.engine.solvers.base import Solution
 
 # An end of another start counts as a minimum of its own when its chi-square is within this ...
@@ -40,8 +40,10 @@ class Assessment(NamedTuple):
     rivals: Tensor
 
 
-def assess(kernel: Kernel, voxels: Voxels, solution: Solution) -> Assessment:
-    """Judge a solution; `kernel` and `voxels` are in double precision."""
+def assess(
+    kernel: Kernel, voxels: Voxels, solution: Solution, shared: SharedFactor | None = None
+) -> Assessment:
+    """Judge a solution; `kernel`, `voxels` and `shared` are in double precision."""
     position = solution.position
     at_bound = _at_bound(kernel, position)
     free = ~at_bound
@@ -53,10 +55,17 @@ def assess(kernel: Kernel, voxels: Voxels, solution: Solution) -> Assessment:
         variance = (weighted * residual).sum(0) / torch.where(degrees > 0, degrees, torch.nan)
     known = voxels._replace(noise_variance=variance)
     hessian = kernel.normal_equations(position, known).hessian
-    if solution.covariance is None:
-        covariance = variance * _inverse(hessian, free)
+    inverse = _inverse(hessian, free)
+    if solution.slopes is None:
+        covariance = variance * inverse
     else:
-        covariance = variance * solution.covariance
+        covariance = variance * _propagated(solution.slopes, voxels)
+    if shared is not None:
+        signal, columns = kernel.signal_and_jacobian(position, voxels.inputs)
+        slopes = solution.slopes
+        if slopes is None:
+            slopes = _slopes(inverse, torch.stack(columns), voxels)
+        covariance = covariance + _shared_covariance(shared, slopes, signal)
     return Assessment(
         squares=(residual**2).mean(0),
         power=(voxels.data**2).mean(0),
@@ -86,6 +95,32 @@ def _inverse(hessian: Tensor, free: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(torch.where(usable[:, None, None], scaled, eye))
     inverse = torch.cholesky_solve(eye.expand_as(scaled), factor) * outer
     return torch.where((usable & (info == 0))[:, None, None], inverse, torch.nan).permute(1, 2, 0)
+
+
+def _slopes(inverse: Tensor, jacobian: Tensor, voxels: Voxels) -> Tensor:
+    """Return H^-1 J^T W, derivatives (P, M, V) of a least-squares estimate by the data."""
+    weighted = jacobian if voxels.weight is None else jacobian * voxels.weight
+    return torch.einsum("pqv,qmv->pmv", inverse, weighted)
+
+
+def _propagated(slopes: Tensor, voxels: Voxels) -> Tensor:
+    """Return the covariance (P, P, V) that noise of unit variance at weight 1 leads to."""
+    scaled = slopes if voxels.weight is None else slopes / voxels.weight.sqrt()
+    return (scaled[:, None] * scaled).sum(2)
+
+
+def _shared_covariance(shared: SharedFactor, slopes: Tensor, signal: Tensor) -> Tensor:
+    """Return what shared noise adds to the covariance (P, P, V) of an estimate, to first order.
+
+    A factor 1 + e of group g moves the estimate by e c_g, where c_g is the sum over the
+    measurements of the group of slope (derivative of the estimate by the data) times signal.
+    """
+    moved = slopes * signal
+    shifts = [
+        sigma * moved[:, shared.group == number].sum(1)
+        for number, sigma in enumerate(shared.sigma)
+    ]
+    return torch.stack([shift[:, None] * shift for shift in shifts]).sum(0)
 
 
 def _rivals(hessian: Tensor, variance: Tensor, solution: Solution) -> Tensor:

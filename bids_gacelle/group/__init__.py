@@ -1,5 +1,5 @@
 """What comes of the participant-level tables of many subjects; pure functions of files."""
 
-from bids_gacelle.group.tables import merge_tables
+from bids_gacelle.group.tables import NothingToMerge, merge_tables
 
-__all__ = ["merge_tables"]
+__all__ = ["NothingToMerge", "merge_tables"]

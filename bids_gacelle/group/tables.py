@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import logging
 import uuid
 from collections import defaultdict
 from pathlib import Path
@@ -11,6 +13,11 @@ from bids_gacelle.errors import InputError
 
 _ABSENT = "n/a"
 _NOT_ROWS = ("sub", "ses", "desc")
+_LOG = logging.getLogger(__name__)
+
+
+class NothingToMerge(InputError):
+    """The output dataset has no ROI table."""
 
 
 def merge_tables(out_dir: Path) -> list[Path]:
@@ -21,6 +28,10 @@ def merge_tables(out_dir: Path) -> list[Path]:
     entities of the table's name (``acq``, ``space``, ``atlas``, ...), so that rows are unique.
     Values are copied as they are written, ``n/a`` included. Reads no images; the same tables
     always give the same bytes.
+
+    Only tables that a manifest of the participant level lists are taken: one that the latest run
+    of a subject did not write again is of an earlier run, with other maps. A manifest that cannot
+    be read is left out with a warning in the log.
 
     Parameters
     ----------
@@ -34,26 +45,56 @@ def merge_tables(out_dir: Path) -> list[Path]:
 
     Raises
     ------
+    NothingToMerge
+        No manifest lists a table.
     InputError
-        There is nothing to merge, a table is malformed, or the result cannot be written.
+        A table is malformed or not there, or the result cannot be written.
     """
     root = Path(out_dir)
     tables = defaultdict(list)
-    found = {
-        *root.glob("sub-*/*/*_scalarstats.tsv"),
-        *root.glob("sub-*/ses-*/*/*_scalarstats.tsv"),
-    }
-    for path in sorted(found, key=lambda path: path.relative_to(root).parts):
+    listed, damaged = _listed(root)
+    for path in listed:
         entities = _entities(path)
         tables[entities["desc"]].append((entities, *_read(path)))
     if not tables:
-        raise InputError(
-            f"No ROI tables (sub-*/**/*_scalarstats.tsv) in {root}; run the participant level "
-            "with an atlas first."
+        left_out = f" (manifests that cannot be read: {', '.join(damaged)})" if damaged else ""
+        raise NothingToMerge(
+            f"No ROI tables (sub-*/**/*_scalarstats.tsv) in {root}{left_out}; run the participant "
+            "level with an atlas first."
         )
     return [
         _write(root / f"group_{model}.tsv", *_merge(tables[model])) for model in sorted(tables)
     ]
+
+
+def _listed(root: Path) -> tuple[list[Path], list[str]]:
+    """Tables that the manifests list, and the manifests that cannot be read."""
+    manifests = [
+        *root.glob("sub-*/figures/*_manifest.json"),
+        *root.glob("sub-*/ses-*/figures/*_manifest.json"),
+    ]
+    tables: set[str] = set()
+    damaged: list[str] = []
+    for manifest in sorted(manifests):
+        try:
+            tables.update(_tables_of(manifest))
+        except (OSError, ValueError, RecursionError) as error:
+            name = manifest.relative_to(root).as_posix()
+            damaged.append(name)
+            _LOG.warning(
+                "Manifest %s cannot be read (%s): its tables are left out.",
+                name,
+                error,
+            )
+    return sorted((root / table for table in tables), key=lambda path: path.parts), damaged
+
+
+def _tables_of(manifest: Path) -> list[str]:
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    tables = content.get("tables") if isinstance(content, dict) else None
+    if not isinstance(tables, list) or not all(isinstance(table, str) for table in tables):
+        raise ValueError('"tables" is no list of files')
+    return tables
 
 
 def _entities(path: Path) -> dict[str, str]:

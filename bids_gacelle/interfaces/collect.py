@@ -14,6 +14,7 @@ from bids_gacelle.bids.gradients import read_gradients
 from bids_gacelle.bids.series import Series, series_from_json
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
+from bids_gacelle.interfaces.provenance import input_digests
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes
 from bids_gacelle.spatial.masks import load_mask, quick_mask
@@ -21,7 +22,7 @@ from bids_gacelle.spatial.motion import displacement
 
 
 class _CollectOutputSpec(TraitedSpec):
-    collected = traits.Dict(desc="volumes, reference (paths), reference_label, warnings")
+    collected = traits.Dict(desc="volumes, reference (paths), reference_label, warnings, digests")
 
 
 class Collect(Step):
@@ -37,13 +38,14 @@ class Collect(Step):
         image = loaded[0][0]
         volumes = _stacked([data for _, data in loaded])
         label, compared = _anatomy(series, volumes, settings.b0_threshold)
-        nib.save(
-            nib.Nifti1Image(compared[0], image.affine, image.header), cwd / "reference.nii.gz"
-        )
+        reference = nib.Nifti1Image(compared[0][1], image.affine, image.header)
+        nib.save(reference, cwd / "reference.nii.gz")
         np.save(cwd / "volumes.npy", volumes)
         zooms = nib.affines.voxel_sizes(image.affine)
-        moved = [m for m in displacement(compared, zooms) if m.warning]
-        warnings = [f"image {m.index + 1} {m.warning}" for m in moved]
+        moved = [m for m in displacement([v for _, v in compared], zooms) if m.warning]
+        warnings = [
+            f"{compared[m.index][0]} {m.warning} (compared with {compared[0][0]})" for m in moved
+        ]
         for warning in warnings:
             LOGGER.warning("sub-%s %s: %s", series.subject, series.label, warning)
         return {
@@ -52,6 +54,7 @@ class Collect(Step):
                 "reference": str(cwd / "reference.nii.gz"),
                 "reference_label": label,
                 "warnings": warnings,
+                "digests": input_digests(series),
             }
         }
 
@@ -111,14 +114,20 @@ def _stacked(images: list[np.ndarray]) -> np.ndarray:
 
 def _anatomy(
     series: Series, volumes: np.ndarray, b0_threshold: float
-) -> tuple[str, list[np.ndarray]]:
-    """Images that must show the same anatomy at the same place; the first one is the reference."""
+) -> tuple[str, list[tuple[str, np.ndarray]]]:
+    """Images (name, volume) that must show the same anatomy in the same place.
+
+    The first one is the reference; what it shows comes before the list.
+    """
+    files = [Path(path).name for path in series.images]
     if series.kind == "dwi":
         bvals = [read_gradients(run.bval, run.bvec)[0] for run in series.dwi_runs]
         parts = np.split(volumes, np.cumsum([len(b) for b in bvals])[:-1])
         means = [v[b <= b0_threshold].mean(0) for v, b in zip(parts, bvals, strict=True)]
-        return "mean b0", means
+        files = [Path(run.image).name for run in series.dwi_runs]
+        return "mean b0", list(zip(files, means, strict=True))
+    images = list(zip(files, volumes, strict=True))
     if series.kind == "megre":
-        return "first echo", list(volumes)
+        return "first echo", images
     # the largest flip angle is the most T1-weighted: the best picture to judge a mask on
-    return "largest flip angle", list(volumes[::-1])
+    return "largest flip angle", images[::-1]

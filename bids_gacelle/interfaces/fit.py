@@ -14,7 +14,7 @@ import torch
 from nipype.interfaces.base import TraitedSpec, traits
 
 from bids_gacelle.bids.series import series_from_json
-from bids_gacelle.engine import FitResult, fit, get_model
+from bids_gacelle.engine import EngineError, FitResult, fit, get_model
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
 from bids_gacelle.interfaces.models import split_options
@@ -56,8 +56,10 @@ class FitModel(Step):
             call = _fit_call(model, settings, prepared)
             _announce(title, call, data)
             result = call(data, slice(None), _progress(title))
-        except ValueError as error:
+        except EngineError as error:
             raise InputError(f"{title}: {error}") from error
+        if self.inputs.use_gpu:
+            result.settings["peak_vram_gb"] = torch.cuda.max_memory_allocated() / 1e9
         _log_outcome(title, result)
         arrays: dict[str, Any] = {"flags": result.flags, "nrmse": result.nrmse}
         arrays |= {f"map_{k}": v for k, v in result.maps.items()}
@@ -80,7 +82,10 @@ def build_model(name: str, settings: Settings, prepared: dict[str, Any]) -> tupl
     own, _ = split_options(name, settings.model_options.get(name, {}))
     model = get_model(name)(scheme_from_json(prepared["scheme"]), **own)
     # Invariants follow each other by order, so a model of a lower l_max takes the first ones.
-    return model, np.load(prepared["signals"], mmap_mode="r")[: model.n_measurements]
+    signals = np.load(prepared["signals"], mmap_mode="r")
+    if model.n_measurements > len(signals):
+        raise InputError(f"{name}: {prepared['l_max_error']}")
+    return model, signals[: model.n_measurements]
 
 
 def load_fit(fitted: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -95,12 +100,15 @@ def _fit_call(
     _, options = split_options(model.name, settings.model_options.get(model.name, {}))
     sigma = np.load(prepared["sigma"], mmap_mode="r") if prepared["sigma"] else None
     inputs = {k: np.load(v) for k, v in prepared["inputs"].items() if k in model.voxel_inputs}
+    scale = np.load(prepared["scale_sigma"], mmap_mode="r") if "scale_sigma" in prepared else None
 
     def call(data: np.ndarray, voxels: slice, progress: Any) -> FitResult:
         return fit(
             model,
             data[:, voxels],
             sigma=None if sigma is None else sigma[: len(data), voxels],
+            scale_sigma=None if scale is None else scale[:, voxels],
+            scale_group=None if scale is None else prepared["scale_group"][: len(data)],
             inputs={k: v[voxels] for k, v in inputs.items()},
             solver=settings.solver,
             noise=settings.noise,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bids_gacelle.bids.options import ModelNeeds
-from bids_gacelle.engine import get_model, list_models
+from bids_gacelle.engine import EngineError, get_model, list_models
 from bids_gacelle.engine.device import resolve_device as engine_device
 from bids_gacelle.errors import InputError
 
@@ -15,13 +15,13 @@ FIT_OPTIONS = ("starts",)
 """Options of ``--set`` that go to the solver instead of the model."""
 
 
-def select_models(names: Iterable[str]) -> tuple[str, ...]:
-    """The models to fit: those named, or all.
+def select_models(names: Iterable[str], solver: str = "lm") -> tuple[str, ...]:
+    """The models to fit: those named, or all that the solver can fit.
 
     Raises
     ------
     InputError
-        A name is not a model.
+        A name is not a model, or the linear solver has no closed form for it.
     """
     known = list_models()
     for name in names:
@@ -29,7 +29,15 @@ def select_models(names: Iterable[str]) -> tuple[str, ...]:
             close = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise InputError(f"Unknown model '{name}'.{hint} Models: {', '.join(known)}.")
-    return tuple(names) or tuple(known)
+    chosen = tuple(names) or tuple(known)
+    if solver != "linear":
+        return chosen
+    closed = tuple(name for name in chosen if get_model(name).has_closed_form)
+    refused = [name for name in names if name not in closed]
+    if refused:
+        have = ", ".join(name for name in known if get_model(name).has_closed_form)
+        raise InputError(f"--solver linear: {refused[0]} has no closed form; {have} has.")
+    return closed
 
 
 def split_options(model: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -38,7 +46,7 @@ def split_options(model: str, options: Mapping[str, Any]) -> tuple[dict[str, Any
     Raises
     ------
     InputError
-        The model has no such option.
+        The model has no such option, or not with this value.
     """
     known = get_model(model).options
     for name in options:
@@ -46,7 +54,15 @@ def split_options(model: str, options: Mapping[str, Any]) -> tuple[dict[str, Any
             have = ", ".join([*known, *FIT_OPTIONS])
             raise InputError(f"--set {model}.{name}: {model} has no such option. It has: {have}.")
     own = {k: v for k, v in options.items() if k in known}
-    return own, {k: v for k, v in options.items() if k in FIT_OPTIONS}
+    fitting = {k: v for k, v in options.items() if k in FIT_OPTIONS}
+    starts = fitting.get("starts", 1)
+    if not isinstance(starts, int) or isinstance(starts, bool) or starts < 1:
+        raise InputError(f"--set {model}.starts={starts}: give a whole number of at least 1.")
+    try:
+        get_model(model).check_options(own)
+    except EngineError as error:
+        raise InputError(f"--set {model}: {error}") from error
+    return own, fitting
 
 
 def check_options(models: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> None:

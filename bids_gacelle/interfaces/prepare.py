@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nibabel import Nifti1Image
 from nipype.interfaces.base import TraitedSpec, traits
 
 from bids_gacelle.bids.gradients import read_gradients
 from bids_gacelle.bids.series import Series, Sourced, series_from_json
-from bids_gacelle.engine import DiffusionScheme, DwiVolumes, GradientEchoScheme, prepare_dwi
+from bids_gacelle.engine import (
+    DiffusionScheme,
+    DwiVolumes,
+    EngineError,
+    GradientEchoScheme,
+    PreparedDwi,
+    prepare_dwi,
+)
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
 from bids_gacelle.interfaces.collect import reference_image
@@ -45,26 +53,45 @@ class PrepareSignals(Step):
         prepared: dict[str, Any] = {"sigma": "", "inputs": {}, "warnings": []}
         scheme: GradientEchoScheme | DiffusionScheme
         if series.kind == "dwi":
-            try:
-                result = prepare_dwi(
-                    _dwi_volumes(series, signals), self.inputs.l_max, settings.b0_threshold
-                )
-            except ValueError as error:
-                raise InputError(f"sub-{series.subject} {series.label}: {error}") from error
+            result, prepared["l_max_error"] = self._prepare_dwi(series, signals, settings)
             scheme, signals = result.scheme, result.signals
             prepared["warnings"] = list(result.warnings)
-            if result.sigma is not None:
+            if result.sigma is not None and result.scale_sigma is not None:
                 prepared["sigma"] = _save(cwd / "sigma.npy", result.sigma)
+                prepared["scale_sigma"] = _save(cwd / "scale_sigma.npy", result.scale_sigma)
+                prepared["scale_group"] = np.asarray(result.scale_group).tolist()
         else:
             scheme = _gradient_echo_scheme(series)
         if series.b1_map is not None:
             reference = reference_image(self.inputs.collected)
-            prepared["inputs"]["b1"] = _save(cwd / "b1.npy", _b1(series, reference)[mask])
+            b1 = _b1(series, reference)[mask]
+            prepared["inputs"]["b1"] = _save(cwd / "b1.npy", b1)
+            if missing := np.isnan(b1).mean():
+                prepared["warnings"].append(
+                    f"the B1 map {Path(series.b1_map.image).name} has no value in "
+                    f"{100 * missing:.1f} % of the mask: these voxels are not fitted (flag 4)"
+                )
         for warning in prepared["warnings"]:
             LOGGER.warning("sub-%s %s: %s", series.subject, series.label, warning)
         prepared["signals"] = _save(cwd / "signals.npy", signals)
         prepared["scheme"] = scheme_to_json(scheme)
         return {"prepared": prepared}
+
+    def _prepare_dwi(
+        self, series: Series, signals: np.ndarray, settings: Settings
+    ) -> tuple[PreparedDwi, str]:
+        """Prepare up to the highest order asked for, or powder averages alone and why.
+
+        Models that fit powder averages must not suffer from a shell with few directions.
+        """
+        volumes = _dwi_volumes(series, signals)
+        problem = ""
+        for l_max in dict.fromkeys((self.inputs.l_max, 0)):
+            try:
+                return prepare_dwi(volumes, l_max, settings.b0_threshold), problem
+            except EngineError as error:
+                problem = problem or str(error)
+        raise InputError(f"sub-{series.subject} {series.label}: {problem}")
 
 
 def scheme_to_json(scheme: GradientEchoScheme | DiffusionScheme) -> dict[str, Any]:
@@ -110,12 +137,22 @@ def _per_volume(value: Sourced | None, n: int) -> np.ndarray | None:
 
 
 def _b1(series: Series, reference: Any) -> np.ndarray:
-    """Relative transmit field on the grid of the series, 1 where the map has no value."""
+    """Relative transmit field on the grid of the series, NaN where the map has no value.
+
+    Values and their support are resampled apart and divided, so that the zeros around a masked or
+    cropped map do not leak into its rim.
+    """
     assert series.b1_map is not None
-    [(image, _)] = load_volumes([series.b1_map.image])
-    resampled = resample_to(image, reference, order=1)
-    b1 = np.asarray(resampled.dataobj, dtype=np.float32) * series.b1_map.factor
-    return np.where(np.isfinite(b1) & (b1 > 0), b1, np.float32(1))
+    [(image, data)] = load_volumes([series.b1_map.image])
+    values = data.reshape(data.shape[:3])
+    known = np.isfinite(values) & (values > 0)
+    weighted, weight = (
+        np.asarray(resample_to(Nifti1Image(part, image.affine), reference, order=1).dataobj)
+        for part in (np.where(known, values, 0), known.astype(np.float32))
+    )
+    b1 = np.full(weight.shape, np.nan, dtype=np.float32)
+    np.divide(weighted * series.b1_map.factor, weight, out=b1, where=weight >= 0.5)
+    return b1
 
 
 def _save(path: Path, array: np.ndarray) -> str:

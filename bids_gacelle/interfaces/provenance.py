@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from bids_gacelle import __version__
 from bids_gacelle.bids.dataset import bids_uri
 from bids_gacelle.bids.series import Series, Sourced, to_json
 from bids_gacelle.bids.sidecar import FitRecord, estimation_text
-from bids_gacelle.engine import get_model
 from bids_gacelle.settings import Settings
 
 FIT_SETTINGS = ("solver", "noise", "prior", "precision", "random_seed", "b0_threshold")
@@ -37,10 +35,21 @@ def input_files(series: Series) -> list[tuple[str, str]]:
     return roles
 
 
-def fit_hash(series: Series, model: str, settings: Settings) -> str:
+def input_digests(series: Series) -> list[list[str]]:
+    """[role, SHA-256 of the content] of every file that the maps of a series depend on."""
+    return [[role, _digest(path)] for role, path in input_files(series)]
+
+
+def atlas_digests(series: Series) -> list[list[str]]:
+    """Name, image and table (as SHA-256) of the atlases, which decide the ROI tables."""
+    return [[a.name, *(_digest(p) for p in (a.image, a.table) if p)] for a in series.atlases]
+
+
+def fit_hash(series: Series, model: str, settings: Settings, digests: list[list[str]]) -> str:
     """Digest of everything that decides the maps: inputs, metadata, options, version.
 
-    Two runs with the same hash write the same maps (on the same kind of device).
+    Two runs with the same hash write the same maps (on the same kind of device). ``digests`` are
+    those of `input_digests`.
     """
     asked = {name: getattr(settings, name) for name in FIT_SETTINGS}
     about = to_json(series)
@@ -57,7 +66,7 @@ def fit_hash(series: Series, model: str, settings: Settings) -> str:
         "options": settings.model_options.get(model, {}),
         "settings": asked,
         "series": about,
-        "files": [(role, _digest(path)) for role, path in input_files(series)],
+        "files": digests,
         "version": __version__,
     }
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -83,6 +92,7 @@ def fit_record(
     settings: Settings,
     datasets: dict[str, str],
     fitted: dict[str, Any],
+    digests: list[list[str]],
 ) -> FitRecord:
     """What all sidecars of one fit share."""
     columns = model.scheme.columns()
@@ -94,7 +104,7 @@ def fit_record(
         model=model.name,
         title=model.title,
         version=__version__,
-        fit_hash=fit_hash(series, model.name, settings),
+        fit_hash=fit_hash(series, model.name, settings, digests),
         sources=sources(series, datasets),
         settings=fitted["settings"],
         bounds={p.name: p.bounds for p in model.parameters if not p.amplitude},
@@ -159,11 +169,14 @@ def methods_text(series: Series, model: Any, fitted: dict[str, Any], mask: dict[
         f"({done.get('degrees_of_freedom')} degrees of freedom)"
     )
     b1 = " Flip angles were corrected with the B1 map." if series.b1_map is not None else ""
+    deviations = done.get("note") or (
+        "Standard deviations come from the inverse of the Gauss-Newton Hessian at the optimum and "
+        f"{sigma}."
+    )
     return (
         f"{model.title}: {model.description} The data were {images}; {done['n_voxels']:,} voxels "
         f"{masked} were fitted with bids_gacelle {__version__} ({estimation_text(done)}).{b1} "
-        "Standard deviations come from the inverse of the Gauss-Newton Hessian at the optimum and "
-        f"{sigma}."
+        f"{deviations}"
     )
 
 
@@ -180,17 +193,5 @@ def _dwi_sources(series: Series, key: str) -> list[str]:
 
 
 def _digest(path: str) -> str:
-    state = Path(path).stat()
-    return _digest_of(path, state.st_mtime_ns, state.st_size)
-
-
-@lru_cache(maxsize=4096)
-def _digest_of(path: str, changed: int, size: int) -> str:
-    """Digest of a file's content; its time and size tell a changed file from one seen before."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def model_references(name: str) -> list[dict[str, str]]:
-    """Papers to cite for a model, the engine's own first."""
-    return [vars(r) | {} for r in get_model(name).references]

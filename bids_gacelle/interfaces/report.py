@@ -8,9 +8,12 @@ from typing import Any
 
 from bids_gacelle import __version__
 from bids_gacelle.bids.output import write_text
+from bids_gacelle.interfaces.base import LOGGER
 from bids_gacelle.report import build_subject_report
 
 LOG_LINES = 40
+MANIFEST_KEYS = {"subject", "session", "series", "model", "maps", "fit_hash", "outputs", "atlases"}
+MANIFEST_KEYS |= {"references", "tables"}
 
 
 def reported_subjects(out_dir: Path) -> list[str]:
@@ -50,7 +53,23 @@ def _manifests(out_dir: Path, subject: str) -> list[dict[str, Any]]:
         *folder.glob("figures/*_manifest.json"),
         *folder.glob("ses-*/figures/*_manifest.json"),
     ]
-    return [json.loads(path.read_text()) for path in sorted(paths)]
+    return [manifest for path in sorted(paths) if (manifest := read_manifest(path))]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The record of a fit; {} where there is none, or none that can be read."""
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+        missing = MANIFEST_KEYS - set(manifest)
+    except (OSError, ValueError, TypeError) as error:
+        LOGGER.warning("%s cannot be read (%s); its fit counts as not there.", path, error)
+        return {}
+    if missing:
+        LOGGER.warning("%s lacks %s; its fit counts as not there.", path, ", ".join(missing))
+        return {}
+    return dict(manifest)
 
 
 def _latest(out_dir: Path, subject: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -58,7 +77,10 @@ def _latest(out_dir: Path, subject: str) -> tuple[list[dict[str, Any]], dict[str
     status: dict[tuple[str, ...], dict[str, Any]] = {}
     run: dict[str, Any] = {"version": __version__}
     for path in sorted((out_dir / "logs").glob("*/summary.json")):
-        content = json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):  # of a run that a full disk cut short
+            continue
         jobs = [j for j in content["jobs"] if j["subject"] == subject]
         for job in jobs:
             status[tuple(job.get(k, "") for k in ("session", "series", "model"))] = job

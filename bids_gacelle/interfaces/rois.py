@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from nipype.interfaces.base import TraitedSpec, traits
 from bids_gacelle.bids import names
 from bids_gacelle.bids.dataset import bids_uri
 from bids_gacelle.bids.output import write_json, write_tsv
-from bids_gacelle.bids.series import Atlas, Series, series_from_json
+from bids_gacelle.bids.series import Atlas, series_from_json
 from bids_gacelle.bids.sidecar import TABLE_COLUMNS, table_sidecar
+from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
 from bids_gacelle.interfaces.collect import reference_image
 from bids_gacelle.interfaces.fit import build_model, load_fit
@@ -31,10 +33,11 @@ class _RoiInputSpec(StepInputSpec):
     mask = traits.Dict(mandatory=True)
     prepared = traits.Dict(mandatory=True)
     fitted = traits.Dict(mandatory=True)
+    written = traits.Dict(desc="the maps are written first: they do not depend on a table")
 
 
 class _RoiOutputSpec(TraitedSpec):
-    tables = traits.List(traits.Str, desc="tables written, relative to the output folder")
+    tables = traits.Dict(desc="files: tables written, relative to the output folder; problems")
 
 
 class RoiStatistics(Step):
@@ -50,25 +53,36 @@ class RoiStatistics(Step):
         mask = np.load(self.inputs.mask["file"])
         datasets = self.inputs.run["datasets"]
         model, _ = build_model(self.inputs.model, settings, self.inputs.prepared)
-        record = fit_record(series, model, settings, datasets, self.inputs.fitted)
-        tables: list[str] = []
+        record = fit_record(
+            series,
+            model,
+            settings,
+            datasets,
+            self.inputs.fitted,
+            self.inputs.collected["digests"],
+        )
+        files: list[str] = []
+        problems: list[str] = []
         for atlas in series.atlases:
-            labels = _labels(atlas, series, reference)
-            if labels is None:
+            try:
+                rows = self._rows(model, atlas, reference, mask)
+            except InputError as error:  # the maps are good without this table
+                LOGGER.error("sub-%s %s: %s", series.subject, series.label, error)
+                problems.append(f"no ROI table for the atlas {atlas.name}: {error}")
                 continue
-            rows = self._rows(model, atlas, labels, mask)
             path = names.table_path(series, model=self.inputs.model, atlas=atlas.name)
             write_tsv(settings.output_dir / path, rows, tuple(TABLE_COLUMNS))
             units = {p.name: p.unit for p in (*model.parameters, *model.derived)}
             segmentation = bids_uri(atlas.image, datasets)
             about = table_sidecar(record, segmentation=segmentation, units=units)
             write_json(settings.output_dir / path.with_suffix(".json"), about)
-            tables.append(str(path))
-        return {"tables": tables}
+            files += [str(path), str(path.with_suffix(".json"))]
+        return {"tables": {"files": files, "problems": problems}}
 
     def _rows(
-        self, model: Any, atlas: Atlas, labels: np.ndarray, mask: np.ndarray
+        self, model: Any, atlas: Atlas, reference: Any, mask: np.ndarray
     ) -> list[dict[str, Any]]:
+        labels = _labels(atlas, reference)
         lookup = read_lookup(Path(atlas.table) if atlas.table else None, labels)
         fit = load_fit(self.inputs.fitted)
         valid = scatter((fit["flags"] & NO_ESTIMATE) == 0, mask, False)
@@ -96,22 +110,15 @@ def scatter(values: np.ndarray, mask: np.ndarray, fill: Any) -> np.ndarray:
 
 def hemisphere(name: str) -> str:
     """``L`` or ``R`` from a name such as ``Left-Thalamus``, ``ctx-lh-insula``, ``LH_Vis``."""
-    parts = name.replace("_", "-").lower().split("-")
+    parts = re.split(r"[-_\s]+", name.lower())
     for side, words in {"L": ("left", "lh", "l"), "R": ("right", "rh", "r")}.items():
         if any(word in parts for word in words):
             return side
     return ""
 
 
-def _labels(atlas: Atlas, series: Series, reference: Any) -> np.ndarray | None:
+def _labels(atlas: Atlas, reference: Any) -> np.ndarray:
     [(image, data)] = load_volumes([atlas.image])
-    if same_grid(image, reference):
-        return integer_labels(data.reshape(data.shape[:3]), atlas.image)
-    LOGGER.warning(
-        "sub-%s %s: atlas %s is left out, it is not on the grid of the maps (%s).",
-        series.subject,
-        series.label,
-        atlas.name,
-        atlas.image,
-    )
-    return None
+    if not same_grid(image, reference):
+        raise InputError(f"{atlas.image} is not on the grid of the maps; resample it to them")
+    return integer_labels(data.reshape(data.shape[:3]), atlas.image)

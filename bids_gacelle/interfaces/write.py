@@ -12,7 +12,7 @@ from nipype.interfaces.base import TraitedSpec, traits
 from bids_gacelle import __version__
 from bids_gacelle.bids import names, sidecar
 from bids_gacelle.bids.output import write_image, write_json, write_tsv
-from bids_gacelle.bids.series import series_from_json
+from bids_gacelle.bids.series import Series, series_from_json
 from bids_gacelle.interfaces import provenance
 from bids_gacelle.interfaces.base import Step, StepInputSpec
 from bids_gacelle.interfaces.collect import reference_image
@@ -30,51 +30,41 @@ class _WriteInputSpec(StepInputSpec):
     mask = traits.Dict(mandatory=True)
     prepared = traits.Dict(mandatory=True)
     fitted = traits.Dict(mandatory=True)
-    tables = traits.List(traits.Str)
 
 
 class _WriteOutputSpec(TraitedSpec):
-    outputs = traits.List(traits.Str, desc="files written, relative to the output folder")
+    written = traits.Dict(desc="outputs: files relative to the output folder; maps, ...: manifest")
 
 
 class WriteMaps(Step):
-    """Maps, standard deviations, flags, NRMSE and mask with sidecars; then the manifest."""
+    """Maps, standard deviations, flags, NRMSE and mask, each with its sidecar."""
 
     input_spec = _WriteInputSpec
     output_spec = _WriteOutputSpec
 
     def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
-        """Write everything; the manifest comes last: it never promises what is not there."""
+        """Write the files; what an earlier run said of them goes first, as it holds no longer."""
         self._settings = settings
         self._series = series_from_json(self.inputs.series)
         self._mask = np.load(self.inputs.mask["file"])
         self._reference = reference_image(self.inputs.collected)
         self._fit = load_fit(self.inputs.fitted)
         self._model, _ = build_model(self.inputs.model, settings, self.inputs.prepared)
-        datasets = self.inputs.run["datasets"]
         self._record = provenance.fit_record(
-            self._series, self._model, settings, datasets, self.inputs.fitted
+            self._series,
+            self._model,
+            settings,
+            self.inputs.run["datasets"],
+            self.inputs.fitted,
+            self.inputs.collected["digests"],
         )
-        self._written: list[str] = list(self.inputs.tables)
-        maps = [self._write_parameter(p) for p in (*self._model.parameters, *self._model.derived)]
-        manifest = {"maps": maps, **self._write_quality(), **self._describe(datasets)}
-        self._write_json(names.manifest_path(self._series, model=self._model.name), manifest)
-        done = {"outputs": self._written, **self._job(), **self.inputs.fitted["settings"]}
-        label = "_".join(self._job().values()).replace(" ", "-")
-        write_json(Path(self.inputs.run["done"]) / f"{label}.json", done)
-        return {"outputs": self._written}
-
-    def _job(self) -> dict[str, str]:
-        series = self._series
-        return {
-            "subject": series.subject,
-            "session": series.session,
-            "series": series.label,
-            "model": self._model.name,
-        }
-
-    def _key(self) -> str:
-        return "/".join(list(self._job().values())[:3])
+        self._written: list[str] = []
+        for path in earlier_records(settings.output_dir, self._series, self._model.name):
+            path.unlink(missing_ok=True)
+        parameters = (*self._model.parameters, *self._model.derived)
+        maps = [self._write_parameter(parameter) for parameter in parameters]
+        manifest = {"maps": maps, **self._write_quality(), "fit_hash": self._record.fit_hash}
+        return {"written": {"outputs": self._written, "manifest": manifest}}
 
     def _write_parameter(self, parameter: Any) -> dict[str, Any]:
         """Write a parameter's map and standard deviation; its entry of the manifest."""
@@ -150,35 +140,6 @@ class WriteMaps(Step):
             "reference": {"file": str(reference), "label": label},
         }
 
-    def _describe(self, datasets: dict[str, str]) -> dict[str, Any]:
-        """The words of the manifest."""
-        series, model, fitted = self._series, self._model, self.inputs.fitted
-        inputs = provenance.listed_inputs(series, datasets)
-        return {
-            "schema": 1,
-            **self._job(),
-            "title": model.title,
-            "description": model.description,
-            "version": __version__,
-            "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "n_voxels": self.inputs.mask["n_voxels"],
-            "inputs": [{"role": r, "file": uri, "path": path} for r, uri, path in inputs],
-            "acquisition": provenance.acquisition(series, model),
-            "plot": fitted["plot"],
-            "examples": fitted["examples"],
-            "warnings": [
-                *self.inputs.run["warnings"].get(self._key(), []),
-                *self.inputs.collected["warnings"],
-                *self.inputs.prepared["warnings"],
-            ],
-            "methods": provenance.methods_text(series, model, fitted, self.inputs.mask),
-            "references": provenance.model_references(model.name),
-            "tables": list(self.inputs.tables),
-            "fit": fitted["settings"],
-            "fit_hash": self._record.fit_hash,
-            "preprocessed": series.preprocessed or series.kind != "dwi",
-        }
-
     def _write_image(
         self,
         path: PurePosixPath,
@@ -198,6 +159,89 @@ class WriteMaps(Step):
     def _write_json(self, path: PurePosixPath, data: dict[str, Any]) -> None:
         write_json(self._settings.output_dir / path, data)
         self._written.append(str(path))
+
+
+class _ManifestInputSpec(_WriteInputSpec):
+    written = traits.Dict(mandatory=True)
+    tables = traits.Dict(mandatory=True)
+
+
+class _ManifestOutputSpec(TraitedSpec):
+    outputs = traits.List(traits.Str, desc="all files written for this fit")
+
+
+class WriteManifest(Step):
+    """The record of one finished fit: what the report, ``group`` and ``--resume`` read."""
+
+    input_spec = _ManifestInputSpec
+    output_spec = _ManifestOutputSpec
+
+    def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
+        """Write the manifest, which so never promises what is not there, and report to the run."""
+        series = series_from_json(self.inputs.series)
+        model, _ = build_model(self.inputs.model, settings, self.inputs.prepared)
+        job = {
+            "subject": series.subject,
+            "session": series.session,
+            "series": series.label,
+            "model": model.name,
+        }
+        path = names.manifest_path(series, model=model.name)
+        outputs = [*self.inputs.written["outputs"], *self.inputs.tables["files"]]
+        manifest = {
+            "schema": 1,
+            **job,
+            **self.inputs.written["manifest"],
+            **self._describe(series, model),
+            "outputs": outputs,
+            "atlases": provenance.atlas_digests(series),
+        }
+        write_json(settings.output_dir / path, manifest)
+        done = {"outputs": [*outputs, str(path)], "problems": self.inputs.tables["problems"]}
+        label = "_".join(job.values()).replace(" ", "-")
+        record = {**done, **job, **self.inputs.fitted["settings"]}
+        write_json(Path(self.inputs.run["done"]) / f"{label}.json", record)
+        return {"outputs": done["outputs"]}
+
+    def _describe(self, series: Series, model: Any) -> dict[str, Any]:
+        """The words of the manifest."""
+        fitted, run = self.inputs.fitted, self.inputs.run
+        inputs = provenance.listed_inputs(series, run["datasets"])
+        note = fitted["settings"].get("note")
+        return {
+            "title": model.title,
+            "description": model.description,
+            "version": __version__,
+            "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "n_voxels": self.inputs.mask["n_voxels"],
+            "inputs": [{"role": r, "file": uri, "path": path} for r, uri, path in inputs],
+            "acquisition": provenance.acquisition(series, model),
+            "plot": fitted["plot"],
+            "examples": fitted["examples"],
+            "warnings": [
+                *run["warnings"].get(f"{series.subject}/{series.session}/{series.label}", []),
+                *self.inputs.collected["warnings"],
+                *self.inputs.prepared["warnings"],
+                *([note] if note else []),
+                *self.inputs.tables["problems"],
+            ],
+            "methods": provenance.methods_text(series, model, fitted, self.inputs.mask),
+            "references": [vars(reference) for reference in model.references],
+            "tables": [file for file in self.inputs.tables["files"] if file.endswith(".tsv")],
+            "fit": fitted["settings"],
+            "preprocessed": series.preprocessed or series.kind != "dwi",
+        }
+
+
+def earlier_records(out_dir: Path, series: Series, model: str) -> list[Path]:
+    """Manifest and ROI tables that an earlier run wrote for this fit."""
+    table = str(names.table_path(series, model=model, atlas="X", extension="")).split("atlas-X")
+    found = [out_dir / names.manifest_path(series, model=model)]
+    return [
+        *found,
+        *out_dir.glob("atlas-*".join(table) + ".tsv"),
+        *out_dir.glob("atlas-*".join(table) + ".json"),
+    ]
 
 
 def flag_counts(flags: np.ndarray) -> dict[str, int]:

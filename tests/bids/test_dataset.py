@@ -345,7 +345,8 @@ def write_model(out, series, model, datasets):
     units = {name: unit for name, _, unit in PARAMETERS[model]}
     about = sidecar.table_sidecar(record, segmentation="bids:raw:dseg.nii.gz", units=units)
     write_json(out / table.with_suffix(".json"), about)
-    write_json(out / names.manifest_path(series, model=model), {"schema": 1})
+    manifest = {"schema": 1, "tables": [str(table)]}
+    write_json(out / names.manifest_path(series, model=model), manifest)
     write_image(out / names.reference_path(series), array, np.diag([2.0, 2, 2, 1]))
 
 

@@ -195,6 +195,27 @@ def test_broken_sidecar_stops_only_its_series(tree, pick) -> None:
     assert pick(plan, "despot1").eligible
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"EchoTime": 0.008, "Manufacturer": "M\xe4"}'.encode("latin-1"),
+        b"[" * 100_000,
+        b'{"EchoTime": 1' + b"0" * 400 + b"}",
+    ],
+)
+def test_odd_sidecars_are_named(tree, pick, content: bytes) -> None:
+    tree.megre()
+    (tree.root / "sub-01/anat/sub-01_echo-2_MEGRE.json").write_bytes(content)
+    assert "`sub-01/anat/sub-01_echo-2_MEGRE.json`" in pick(tree.discover(), "r2star").reason
+
+
+@pytest.mark.parametrize("name", ["dataset_description.json", "participants.tsv"])
+def test_odd_files_of_the_dataset_do_no_harm(tree, pick, name: str) -> None:
+    tree.megre()
+    (tree.root / name).write_bytes(b'{"Name": "\xff"}')
+    assert pick(tree.discover(), "r2star").eligible
+
+
 def test_vfa_with_inherited_repetition_time(tree, pick) -> None:
     tree.json("VFA.json", RepetitionTimeExcitation=0.02, PulseSequenceType="SPGR")
     tree.json("sub-01/sub-01_VFA.json", RepetitionTimeExcitation=0.01)
@@ -277,6 +298,24 @@ def test_sessions_are_units(tree) -> None:
     assert {(j.series.subject, j.series.session) for j in one.jobs} == {("01", "b")}
 
 
+def test_a_participant_without_the_session_is_listed(tree, messages) -> None:
+    tree.megre("sub-01/ses-1/anat/sub-01_ses-1")
+    tree.megre("sub-03/ses-2/anat/sub-03_ses-2")
+    tree.megre("sub-04/anat/sub-04")
+    plan = tree.discover(session_labels=("1",))
+    found = {(j.series.subject, j.model): (j.reason, j.cause) for j in plan.jobs}
+    assert found["01", "r2star"] == ("", "")
+    for subject in ("03", "04"):
+        for model in ("r2star", "despot1", "mcmicro", "nexi"):
+            assert found[subject, model] == ("no session ses-1", "absent")
+    assert "sub-03/ses-1 model r2star skipped: no session ses-1." in messages(plan, "info")
+    assert not messages(plan, "error")
+    both = tree.discover(session_labels=("1", "2"), participant_labels=("03",))
+    eligible = [j.series.session for j in both.jobs if j.eligible]
+    assert eligible == ["2"]
+    assert {j.reason for j in both.jobs if j.series.session == "1"} == {"no session ses-1"}
+
+
 def test_only_asked_participants_are_indexed(tree) -> None:
     for subject in ("01", "011", "02"):
         tree.megre(f"sub-{subject}/anat/sub-{subject}")
@@ -330,6 +369,44 @@ def test_database_is_renewed_when_it_is_too_old_or_of_another_dataset(
     assert [j.model for j in other_tree.discover(**options).jobs if j.eligible] == ["despot1"]
 
 
+def test_database_sees_what_changed_since(tree, pick, tmp_path: Path) -> None:
+    options = {"database_dir": tmp_path / "db"}
+    tree.megre("sub-01/ses-a/anat/sub-01_ses-a")
+    tree.discover(**options)
+    tree.megre("sub-01/ses-b/anat/sub-01_ses-b")  # a session
+    plan = tree.discover(**options)
+    assert [j.series.session for j in plan.jobs if j.eligible] == ["a", "b"]
+    tree.vfa("sub-01/ses-a/anat/sub-01_ses-a")  # images in a folder that was there
+    tree.json("sub-01/ses-b/anat/sub-01_ses-b_echo-2_MEGRE.json", EchoTime=0.009)  # content
+    plan = tree.discover(**options)
+    assert [j.series.session for j in plan.jobs if j.model == "despot1" and j.eligible] == ["a"]
+    second = pick(plan, "r2star", only=False)[1]
+    assert second.series.echo_time.values == (0.004, 0.009, 0.012)
+    (tree.root / "sub-01/ses-b/anat/sub-01_ses-b_echo-3_MEGRE.nii.gz").unlink()
+    second = pick(tree.discover(**options), "r2star", only=False)[1]
+    assert second.series.echo_time.values == (0.004, 0.009)
+
+
+def test_database_is_kept_while_nothing_changes(tree, tmp_path: Path) -> None:
+    tree.megre()
+    tree.discover(database_dir=tmp_path / "db")
+    index = tmp_path / "db/raw/layout_index.sqlite"
+    before = index.stat().st_ino, index.stat().st_mtime_ns
+    tree.discover(database_dir=tmp_path / "db")
+    assert (index.stat().st_ino, index.stat().st_mtime_ns) == before
+
+
+def test_database_that_cannot_be_kept(tree, tmp_path: Path) -> None:
+    tree.megre()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--bids-database-dir: .* give another folder"):
+        tree.discover(database_dir=tmp_path / "file/db")
+    tree.discover(database_dir=tmp_path / "db")
+    (tmp_path / "db/raw/layout_index.sqlite").write_text("no database" * 100)
+    with pytest.raises(InputError, match="file is not a database"):
+        tree.discover(database_dir=tmp_path / "db")
+
+
 def test_relative_paths(tree, other_tree, pick, monkeypatch) -> None:
     tree.megre()
     other_tree.image("sub-01/anat/sub-01_desc-brain_mask.nii.gz")
@@ -378,6 +455,13 @@ def test_series_survive_json(tree, pick) -> None:
     tree.dwi(SmallDelta=0.01, BigDelta=[0.02] * 6, EchoTime=0.08)
     for job in tree.discover().jobs:
         assert series_from_json(json.loads(json.dumps(to_json(job.series)))) == job.series
+
+
+@pytest.mark.parametrize("threshold", [-1.0, float("nan"), float("inf")])
+def test_b0_threshold_that_makes_no_sense(tree, threshold: float) -> None:
+    tree.dwi()
+    with pytest.raises(InputError, match=r"--b0-threshold .*0 or more"):
+        tree.discover(b0_threshold=threshold)
 
 
 def test_unknown_assumption_and_reserved_name(tree) -> None:
@@ -443,3 +527,7 @@ def test_filter_file(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(InputError, match="one JSON object"):
         load_filter_file(path)
+    for content in (b'{"dwi": "\xff"}', b"[" * 100_000):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="cannot be read as JSON"):
+            load_filter_file(path)

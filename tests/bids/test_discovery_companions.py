@@ -82,7 +82,7 @@ def test_slab_mask_of_the_phantom(shared: Path, needs, pick) -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit", "factor"), [("percent", 0.01), ("%", 0.01), ("Relative", 1.0), ("arbitrary", 1.0)]
+    ("unit", "factor"), [("percent", 0.01), ("%", 0.01), ("p.u.", 0.01), ("arbitrary", 1.0)]
 )
 def test_b1_units(tree, pick, messages, unit: str, factor: float) -> None:
     tree.vfa()
@@ -151,6 +151,13 @@ def test_segmentations_and_their_tables(tree, other_tree, derived, pick) -> None
     }
 
 
+def test_our_own_flag_maps_are_no_segmentations(tree, other_tree, derived, pick) -> None:
+    tree.megre()
+    for desc in ("r2starfitflag", "aseg", "oldfitflag"):
+        other_tree.image(f"sub-01/anat/sub-01_desc-{desc}_dseg.nii.gz")
+    assert [a.name for a in pick(derived(), "r2star").series.atlases] == ["aseg"]
+
+
 def test_given_atlases_come_first_and_names_are_unique(tree, other_tree, derived, pick) -> None:
     tree.megre()
     found = other_tree.image("sub-01/anat/sub-01_desc-lobes_dseg.nii.gz")
@@ -161,6 +168,7 @@ def test_given_atlases_come_first_and_names_are_unique(tree, other_tree, derived
         ("lobes", str(given), str(table)),
         ("lobes2", str(found), ""),
     ]
+    assert [a.origin for a in atlases] == ["option", "derivatives"]
     again = pick(derived(atlases={"own": found}), "r2star").series.atlases
     assert [a.name for a in again] == ["own"]
 

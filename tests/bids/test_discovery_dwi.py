@@ -97,6 +97,26 @@ def test_bad_gradients(tree, pick, bval: str, bvec: str, sentence: str) -> None:
     assert ("has 1 (b 1000 s/mm^2)" if sentence == "ok" else sentence) in reason
 
 
+@pytest.mark.parametrize("extension", [".bval", ".bvec"])
+def test_gradients_that_are_no_text(tree, pick, extension: str) -> None:
+    tree.dwi()
+    path = tree.root / f"sub-01/dwi/sub-01_dwi{extension}"
+    path.write_bytes(b"\xff\xfe0\x00")
+    assert f"`{path.name}` cannot be read as numbers" in pick(tree.discover(), "mcmicro").reason
+    path.unlink()
+    path.mkdir()
+    assert path.name in pick(tree.discover(), "mcmicro").reason
+
+
+def test_b_values_at_the_threshold_are_b0(tree, pick) -> None:
+    tree.dwi(bval="100 100 1000 1000 2000 2000")
+    assert pick(tree.discover(b0_threshold=100.0), "mcmicro").eligible
+    reason = pick(tree.discover(b0_threshold=2000.0), "mcmicro").reason
+    assert "has no diffusion-weighted volume" in reason
+    assert "has no b=0 volume" in pick(tree.discover(b0_threshold=99.9), "mcmicro").reason
+    assert shells(np.array([0.0, 100, 1000]), [], 100) == [(1000.0,)]
+
+
 def test_missing_gradient_file(tree, pick) -> None:
     tree.image("sub-01/dwi/sub-01_dwi.nii.gz")
     assert "No .bval file for `sub-01/dwi/sub-01_dwi.nii.gz`" in (
@@ -259,6 +279,54 @@ def test_bad_timing_file(tree, nexi, content: str, sentence: str) -> None:
     assert sentence in nexi(timing_file=tree.text("t.tsv", content)).reason
 
 
+def test_a_timing_file_that_is_no_text(tree, nexi) -> None:
+    tree.dwi(bval=FOUR_SHELLS)
+    path = tree.root / "t.tsv"
+    path.write_bytes(b"volume\tBigDelta\n0\t\xff\n")
+    assert f"Timing file {path} cannot be read" in nexi(timing_file=path).reason
+    path.write_text("volume\tBigDelta\n0\t" + "1" * 200_000)
+    assert f"Timing file {path} cannot be read" in nexi(timing_file=path).reason
+
+
+def test_an_option_that_differs_from_the_files_is_said(tree, other_tree, messages, nexi) -> None:
+    tree.dwi(bval=FOUR_SHELLS, SmallDelta=0.01, LargeDelta=[0, 0, 0.02, 0.02, 0.02, 0.06])
+    plan = tree.discover(small_delta_ms=10.0, big_delta_ms=30.0)
+    warning = messages(plan, "warning")
+    assert (
+        "`LargeDelta` is 20 to 60 ms in `sub-01/dwi/sub-01_dwi.json`; --big-delta 30 ms is used "
+        "instead." in warning
+    )
+    assert "SmallDelta" not in warning
+    run = nexi(small_delta_ms=10.0, big_delta_ms=30.0).series.dwi_runs[0]
+    assert (run.big_delta.values, run.big_delta.sources) == ((30.0,), ("--big-delta",))
+    tree.json("sub-01/dwi/sub-01_dwi.json", SmallDelta="long", BigDelta=0.06)
+    plan = tree.discover(small_delta_ms=10.0, big_delta_ms=60.0)
+    warning = messages(plan, "warning")
+    assert "`SmallDelta` in `sub-01/dwi/sub-01_dwi.json` holds 'long'" in warning
+    assert "--small-delta 10 ms is used instead" in warning
+    assert "BigDelta" not in warning
+    other_tree.dwi(PREPROC, bval=FOUR_SHELLS)  # the times of its raw run are looked at as well
+    given = {"small_delta_ms": 10.0, "big_delta_ms": 30.0}
+    plan = tree.discover(derivatives={"q": other_tree.root}, **given)
+    assert "`BigDelta` is 60 ms in `sub-01/dwi/sub-01_dwi.json`" in messages(plan, "warning")
+
+
+def test_one_option_cannot_replace_times_that_differ_between_joined_runs(tree, pick) -> None:
+    for name, delta in (("1", 0.02), ("2", 0.06)):
+        stem = f"sub-01/dwi/sub-01_run-{name}_dwi"
+        tree.dwi(stem, bval=FOUR_SHELLS, SmallDelta=0.01, BigDelta=delta)
+    given = {"small_delta_ms": 10.0, "big_delta_ms": 30.0, "combine_dwi": True}
+    plan = tree.discover(**given)
+    reason = pick(plan, "nexi").reason
+    assert "--big-delta would replace times that differ between the runs" in reason
+    assert "20 ms (sub-01/dwi/sub-01_run-1_dwi.json: BigDelta) and 60 ms (" in reason
+    assert "nexi" in {f.model for f in plan.findings if f.severity == "error"}
+    assert pick(plan, "mcmicro").eligible  # needs no times
+    assert pick(tree.discover(small_delta_ms=12.0, combine_dwi=True), "nexi").eligible
+    tree.json("sub-01/dwi/sub-01_run-2_dwi.json", SmallDelta=0.01, BigDelta=[0.02] * 6)
+    assert pick(tree.discover(**given), "nexi").eligible  # the same time, written otherwise
+
+
 def test_echo_time_in_ms_is_refused(tree, pick) -> None:
     tree.dwi(EchoTime=85)
     assert "`EchoTime` is 85" in pick(tree.discover(), "mcmicro").reason
@@ -363,6 +431,49 @@ def test_missing_everywhere_names_the_raw_run(tree, other_tree, nexi) -> None:
     other_tree.dwi(PREPROC, bval=FOUR_SHELLS)
     reason = nexi(derivatives={"q": other_tree.root}).reason
     assert "sub-01_dwi.json (no such file) of the raw run" in reason
+
+
+def test_preprocessed_without_sessions_replaces_raw_runs_of_sessions(
+    tree, other_tree, pick, messages
+) -> None:
+    for session in ("1", "2"):
+        stem = f"sub-01/ses-{session}/dwi/sub-01_ses-{session}_dwi"
+        tree.dwi(stem, bval=FOUR_SHELLS, SmallDelta=0.01, BigDelta=0.02)
+    other_tree.dwi(PREPROC, bval=FOUR_SHELLS)
+    plan = tree.discover(derivatives={"q": other_tree.root})
+    jobs = {j.series.session: j for j in pick(plan, "nexi", only=False)}
+    assert [s for s, j in jobs.items() if j.eligible] == [""]
+    assert jobs[""].series.preprocessed
+    assert jobs[""].series.dwi_runs[0].big_delta.values == (20.0,)  # from the raw runs
+    for session in ("1", "2"):
+        assert jobs[session].cause == "absent"
+        assert (
+            f"sub-01/ses-{session} model nexi skipped: the preprocessed dwi of the subject is "
+            f"outside its sessions (`q:{PREPROC}.nii.gz`)" in messages(plan, "info")
+        )
+    one = tree.discover(derivatives={"q": other_tree.root}, session_labels=("1",))
+    assert "without --session-label" in pick(one, "nexi").reason
+
+
+def test_preprocessed_in_a_session_replaces_raw_runs_outside(
+    tree, other_tree, pick, messages
+) -> None:
+    tree.dwi(bval=FOUR_SHELLS, SmallDelta=0.01, BigDelta=0.02)
+    stem = "sub-01/ses-1/dwi/sub-01_ses-1_space-ACPC_desc-preproc_dwi"
+    other_tree.dwi(stem, bval=FOUR_SHELLS)
+    plan = tree.discover(derivatives={"q": other_tree.root})
+    jobs = {j.series.session: j for j in pick(plan, "nexi", only=False)}
+    assert [s for s, j in jobs.items() if j.eligible] == ["1"]
+    assert jobs["1"].series.dwi_runs[0].big_delta.values == (20.0,)
+    assert "the preprocessed dwi of the subject is in its sessions" in messages(plan, "info")
+
+
+def test_raw_runs_of_a_session_that_was_not_preprocessed_stay(tree, other_tree, pick) -> None:
+    for session in ("1", "2"):
+        tree.dwi(f"sub-01/ses-{session}/dwi/sub-01_ses-{session}_dwi")
+    other_tree.dwi("sub-01/ses-1/dwi/sub-01_ses-1_space-ACPC_desc-preproc_dwi")
+    jobs = pick(tree.discover(derivatives={"q": other_tree.root}), "mcmicro", only=False)
+    assert [(j.series.session, j.series.preprocessed) for j in jobs] == [("1", True), ("2", False)]
 
 
 def test_two_preprocessed_datasets(tree, other_tree, pick, messages) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from bids_gacelle.bids.discovery import Options, discover
-from bids_gacelle.bids.images import check_images, review_images
-from bids_gacelle.bids.series import Atlas, Finding, Job, Mask
+from bids_gacelle.bids.images import review_series
+from bids_gacelle.bids.series import Atlas, Finding, Job, Mask, Series
+from bids_gacelle.spatial.rois import read_lookup
+from bids_gacelle.workflows.plan import check_plan
 
 SHIFTED = np.diag([1.0, 1.0, 1.0, 1.0]) + np.array([[0, 0, 0, 0.5]] + [[0] * 4] * 3)
 MEGRE = "sub-01/anat/sub-01_echo-{}_MEGRE.nii.gz"
@@ -50,29 +52,32 @@ def vfa(tree, pick):
     return job
 
 
+def _review(series: Series) -> tuple[Series, list[Finding], str]:
+    return review_series(series, lambda path: read_lookup(path, np.empty(0, dtype=int)))
+
+
+def _passes(job: Job) -> bool:
+    return _review(job.series) == (job.series, [], "")
+
+
 def _refused(job: Job, path: Path | str) -> str:
-    """The one error, which must name the file and make the job ineligible."""
-    reviewed, findings = review_images(job)
+    """The one error, which must name the file and give the reason for all models at once."""
+    _, findings, reason = _review(job.series)
     (finding,) = findings
     assert isinstance(finding, Finding)
     assert finding.severity == "error"
     assert finding.file == str(path)
     assert str(path) in finding.message
-    assert finding.model == job.model
-    assert not reviewed.eligible
-    assert reviewed.reason in finding.message
+    assert finding.model == ""
+    assert job.model not in finding.message
+    assert reason
+    assert reason in finding.message
     return finding.message
 
 
 def test_sound_images_pass(megre, dwi) -> None:
     for job in (megre, dwi):
-        assert check_images(job) == []
-        assert review_images(job)[0] == job
-
-
-def test_ineligible_jobs_are_left_alone(megre) -> None:
-    job = replace(megre, reason="because")
-    assert review_images(job) == (job, [])
+        assert _passes(job)
 
 
 @pytest.mark.parametrize("name", ["ds114", "qmri_megre", "qmri_vfa"])
@@ -93,7 +98,7 @@ def test_real_images_pass(shared: Path, needs, name: str) -> None:
     options = Options(combine_dwi=True, derivatives={"m": masks} if masks.exists() else {})
     jobs = [j for j in discover(root, needs, options).jobs if j.eligible]
     assert jobs
-    assert [check_images(j) for j in jobs] == [[]] * len(jobs)
+    assert all(_passes(j) for j in jobs)
 
 
 # -------------------------------------------------------------------- unreadable files
@@ -124,7 +129,7 @@ def test_truncated_header_and_data(tree, pick) -> None:
         tree.image(f"sub-01/anat/sub-01_echo-{echo}_MEGRE.nii", EchoTime=echo / 100)
         path = tree.nifti(f"sub-01/anat/sub-01_echo-{echo}_MEGRE.nii")
     job = pick(tree.discover(), "r2star")
-    assert check_images(job) == []
+    assert _passes(job)
     whole = path.read_bytes()
     for left in (100, 400, len(whole) - 1):
         path.write_bytes(whole[:left])
@@ -135,7 +140,7 @@ def test_several_gzip_members_are_sound(tree, megre) -> None:
     path = tree.root / MEGRE.format(2)
     whole = gzip.decompress(path.read_bytes())
     path.write_bytes(gzip.compress(whole[:500]) + gzip.compress(whole[500:]))
-    assert check_images(megre) == []
+    assert _passes(megre)
 
 
 def test_missing_file_and_dangling_link(tree, megre) -> None:
@@ -159,7 +164,7 @@ def test_four_dimensions_where_three_belong(tree, megre) -> None:
     path = tree.nifti(MEGRE.format(1), (4, 5, 6, 2))
     assert "has the shape 4 x 5 x 6 x 2; one 3D volume is needed" in _refused(megre, path)
     tree.nifti(MEGRE.format(1), (4, 5, 6, 1))
-    assert check_images(megre) == []
+    assert _passes(megre)
 
 
 def test_three_dimensions_where_four_belong(tree, dwi) -> None:
@@ -178,7 +183,7 @@ def test_echoes_on_different_grids(tree, megre) -> None:
     tree.nifti(MEGRE.format(2), affine=SHIFTED)
     assert "put a corner of the volume 0.5 mm apart" in _refused(megre, path)
     tree.nifti(MEGRE.format(2), affine=np.eye(4) + (SHIFTED - np.eye(4)) * 0.1)
-    assert check_images(megre) == []
+    assert _passes(megre)
 
 
 def test_joined_runs_on_different_grids(tree, pick) -> None:
@@ -199,9 +204,9 @@ def test_misaligned_mask(tree, megre, origin: str) -> None:
     if origin == "option":
         assert "is not on the grid of `sub-01_echo-1_MEGRE.nii.gz`" in _refused(job, mask)
         return
-    reviewed, (finding,) = review_images(job)
-    assert reviewed.eligible
-    assert reviewed.series.mask == Mask("quick")
+    reviewed, (finding,), reason = _review(job.series)
+    assert not reason
+    assert reviewed.mask == Mask("quick")
     assert finding.severity == "warning"
     assert finding.file == str(mask)
 
@@ -209,29 +214,67 @@ def test_misaligned_mask(tree, megre, origin: str) -> None:
 def test_mask_with_a_rounded_affine_is_taken_with_a_warning(tree, megre) -> None:
     mask = tree.nifti("mask.nii.gz", affine=np.eye(4) + 0.005)
     job = replace(megre, series=replace(megre.series, mask=Mask("option", (str(mask),))))
-    reviewed, (finding,) = review_images(job)
-    assert reviewed.series.mask.images == (str(mask),)
+    reviewed, (finding,), _ = _review(job.series)
+    assert reviewed.mask.images == (str(mask),)
     assert finding.severity == "warning"
     assert "rounding" in finding.message
 
 
-def test_misaligned_and_broken_atlases_are_left_out(tree, megre) -> None:
-    paths = {
-        "good": tree.nifti("good.nii.gz"),
-        "off": tree.nifti("off.nii.gz", (4, 5, 7)),
-        "broken": tree.image("broken.nii.gz"),
+@pytest.fixture
+def atlases(tree) -> dict[str, Atlas]:
+    """One atlas that can be used and one for each way in which it cannot."""
+    good = tree.nifti("good.nii.gz")
+    table = tree.text("good.tsv", "index\tname\n1\tNAc\n")
+    latin = tree.root / "latin.tsv"
+    latin.write_bytes("index\tname\n1\tN\xe4he\n".encode("latin-1"))
+    return {
+        "good": Atlas("good", str(good), str(table)),
+        "off": Atlas("off", str(tree.nifti("off.nii.gz", (4, 5, 7)))),
+        "broken": Atlas("broken", str(tree.image("broken.nii.gz"))),
+        "nameless": Atlas("nameless", str(good), str(tree.text("x.tsv", "index\tcolour\n"))),
+        "latin": Atlas("latin", str(good), str(latin)),
     }
-    atlases = tuple(Atlas(name, str(path)) for name, path in paths.items())
-    reviewed, findings = review_images(
-        replace(megre, series=replace(megre.series, atlases=atlases))
-    )
-    assert reviewed.eligible
-    assert [a.name for a in reviewed.series.atlases] == ["good"]
+
+
+def test_bad_atlases_of_derivatives_are_left_out(megre, atlases) -> None:
+    given = replace(megre.series, atlases=tuple(atlases.values()))
+    reviewed, findings, reason = _review(given)
+    assert not reason
+    assert [a.name for a in reviewed.atlases] == ["good"]
     assert [(f.severity, f.file) for f in findings] == [
-        ("warning", str(paths["off"])),
-        ("warning", str(paths["broken"])),
+        ("warning", atlases["off"].image),
+        ("warning", atlases["broken"].image),
+        ("warning", atlases["nameless"].table),
+        ("warning", atlases["latin"].table),
     ]
     assert "No ROI table is made for the atlas 'off'" in findings[0].message
+    assert "needs tab-separated columns 'index' and 'name'" in findings[2].message
+
+
+@pytest.mark.parametrize("name", ["off", "broken", "nameless", "latin"])
+def test_a_bad_atlas_that_was_asked_for_stops_the_series(megre, atlases, name: str) -> None:
+    atlas = replace(atlases[name], origin="option")
+    job = replace(megre, series=replace(megre.series, atlases=(atlas, atlases["good"])))
+    file = atlas.table or atlas.image
+    assert f"It was asked for with --atlas {name}." in _refused(job, file)
+
+
+def test_one_review_serves_all_models_of_a_series(tree, pick, needs) -> None:
+    """What is found is said once, by whichever model the series is read for."""
+    tree.dwi(bval="0 0 1000 2000 3000 4000", SmallDelta=0.01, BigDelta=0.02)
+    tree.nifti("sub-01/dwi/sub-01_dwi.nii.gz", (4, 5, 6, 6))
+    mask = tree.nifti("mask.nii.gz", affine=np.eye(4) + 0.005)
+    checked = check_plan(tree.discover(mask=mask))
+    assert all(pick(checked, m).eligible for m in ("mcmicro", "nexi"))
+    (finding,) = (f for f in checked.findings if "rounding" in f.message)
+    assert finding.model == ""
+    tree.image("sub-01/dwi/sub-01_dwi.nii.gz")
+    checked = check_plan(tree.discover())
+    (finding,) = (f for f in checked.findings if f.severity == "error")
+    for model in ("mcmicro", "nexi"):
+        job = pick(checked, model)
+        assert (job.cause, job.reason in finding.message) == ("broken", True)
+    assert pick(checked, "r2star").cause == "absent"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +294,15 @@ def test_b1_values_against_their_unit(tree, vfa, unit: str, value: float, senten
     if sentence:
         assert sentence in _refused(job, tree.root / "sub-01/fmap/sub-01_TB1map.nii.gz")
     else:
-        assert check_images(job) == []  # another grid is no fault
+        assert _passes(job)  # another grid is no fault
+
+
+def test_b1_map_with_a_fourth_axis_of_one(tree, vfa) -> None:
+    job = vfa("relative", 1.0)
+    tree.nifti("sub-01/fmap/sub-01_TB1map.nii.gz", (2, 2, 2, 1))
+    assert _passes(job)
+    path = tree.nifti("sub-01/fmap/sub-01_TB1map.nii.gz", (2, 2, 2, 2))
+    assert "one 3D volume is needed" in _refused(job, path)
 
 
 def test_broken_b1_map(tree, vfa) -> None:

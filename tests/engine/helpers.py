@@ -66,6 +66,21 @@ def read(shared, name):
     return json.loads((shared / "reference" / f"{name}.json").read_text())
 
 
+def even_directions(n: int, seed: int = 0) -> np.ndarray:
+    """Directions spread by electrostatic repulsion of antipodal pairs."""
+    g = np.random.default_rng(seed).normal(size=(n, 3))
+    g /= np.linalg.norm(g, axis=1)[:, None]
+    for _ in range(300):
+        force = np.zeros_like(g)
+        for sign in (1, -1):
+            difference = g[:, None] - sign * g[None]
+            distance = np.linalg.norm(difference, axis=2) + np.eye(n) * 1e9
+            force += (difference / distance[..., None] ** 3).sum(axis=1)
+        g += 0.3 / n * force / np.abs(force).max()
+        g /= np.linalg.norm(g, axis=1)[:, None]
+    return g
+
+
 class Line(SignalModel):
     """S = offset + log(factor) t: linear in the solver's coordinates, so all is closed form.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bids_gacelle.engine import fit
+from bids_gacelle.engine import EngineError, fit
 from bids_gacelle.engine.kernels import COMPILE_VARIABLE, compile_wanted
 
 from .helpers import draw, make_model, noisy
@@ -36,7 +36,7 @@ def test_switch(monkeypatch):
     assert compile_wanted(model, many, CPU)
     assert not compile_wanted(model, many - 1, CPU)
     monkeypatch.setenv(COMPILE_VARIABLE, "yes")
-    with pytest.raises(ValueError, match="never, auto or always"):
+    with pytest.raises(EngineError, match="never, auto or always"):
         compile_wanted(model, 1, CPU)
 
 

@@ -7,7 +7,15 @@ import pytest
 import scipy.stats
 import torch
 
-from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme, fit, get_model
+from bids_gacelle.bids.names import FLAGS
+from bids_gacelle.engine import (
+    FLAG_NAMES,
+    DiffusionScheme,
+    EngineError,
+    GradientEchoScheme,
+    fit,
+    get_model,
+)
 from bids_gacelle.engine.blocks import for_blocks
 from bids_gacelle.engine.device import resolve_device
 
@@ -153,13 +161,26 @@ def test_as_many_parameters_as_measurements_leave_no_interval():
     data = noisy(model, tissue(10, 12), 2.0, 13)
     result = fit(model, data)
     assert np.isnan(result.std["R2star"]).all()
-    assert "no sigma" in result.settings["note"]
+    assert "no more measurements than parameters" in result.settings["note"]
     np.testing.assert_allclose(result.maps["R2star"], np.log(data[0] / data[1]) / 0.008, rtol=1e-3)
     given = fit(model, data, sigma=2.0)
     assert np.isfinite(given.std["R2star"]).all()
     assert "note" not in given.settings
-    with pytest.raises(ValueError, match="give sigma"):
+    with pytest.raises(EngineError, match="give sigma"):
         fit(model, data, prior="weak")
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4])
+def test_few_degrees_of_freedom_are_told_with_their_interval(degrees):
+    model = Line.of(np.arange(1, 3 + degrees) / 10)
+    data = np.random.default_rng(0).normal(size=(2 + degrees, 3))
+    note = fit(model, data).settings.get("note", "")
+    assert (f"minus {scipy.stats.t.ppf(0.975, degrees):.2f} (not 1.96)" in note) == (degrees < 4)
+    assert "note" not in fit(model, data, sigma=1.0).settings
+
+
+def test_flags_are_named_as_in_the_files():
+    assert {bit: name for bit, name in FLAGS.items() if bit} == FLAG_NAMES
 
 
 def test_maps_are_empty_where_a_derived_quantity_does_not_exist():
@@ -310,7 +331,17 @@ def test_a_gpu_that_runs_out_of_memory_gets_smaller_blocks():
         ({"sigma": -1.0}, "must be a positive number"),
         ({"sigma": np.ones(3)}, r"sigma has shape \(3,\)"),
         ({"inputs": {"b1": np.ones(4)}}, "no voxel input 'b1'; it has none"),
+        ({"prior": {"offset": 3}}, r"it must be \(mean, sd\)"),
         ({"starts": 0}, "at least 1"),
+        ({"starts": "many"}, "whole number and at least 1, got 'many'"),
+        ({"starts": 1.5}, "whole number and at least 1, got 1.5"),
+        ({"starts": True}, "whole number and at least 1, got True"),
+        ({"scale_sigma": np.ones((1, 4))}, "needed together"),
+        ({"scale_group": [0] * 5}, "needed together"),
+        ({"scale_sigma": np.ones((1, 3)), "scale_group": [0] * 5}, r"has shape \(1, 3\)"),
+        ({"scale_sigma": np.ones((1, 4)), "scale_group": [0] * 4}, "must be 5 whole numbers"),
+        ({"scale_sigma": np.ones((1, 4)), "scale_group": [0.5] * 5}, "must be 5 whole numbers"),
+        ({"scale_sigma": np.ones((1, 4)), "scale_group": [0, 0, 0, 0, 1]}, "the groups 0 to 0"),
         ({"block_size": 0}, "must be positive"),
         ({"options": {"tolerance": 1}}, "no option 'tolerance'; known are .*ftol"),
         ({"options": {"dictionary": 4}, "starts": 5}, "4 entries cannot give 5 starts"),
@@ -321,19 +352,19 @@ def test_a_gpu_that_runs_out_of_memory_gets_smaller_blocks():
 def test_wrong_arguments_are_refused(arguments, message):
     model = Line.of([0.1, 0.2, 0.3, 0.4, 0.5])
     data = arguments.pop("data", np.ones((5, 4)))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EngineError, match=message):
         fit(model, data, **arguments)
 
 
 def test_other_refusals():
-    with pytest.raises(ValueError, match="S0 is an amplitude and takes no prior"):
+    with pytest.raises(EngineError, match="S0 is an amplitude and takes no prior"):
         fit(make_model("r2star"), np.ones((8, 2)), prior={"S0": (1, 1)})
-    with pytest.raises(ValueError, match="takes no prior"):
+    with pytest.raises(EngineError, match="takes no prior"):
         fit(make_model("despot1"), np.ones((5, 2)), solver="linear", prior="weak")
-    with pytest.raises(ValueError, match="Voxel input b1 has shape"):
+    with pytest.raises(EngineError, match="Voxel input b1 has shape"):
         fit(make_model("despot1"), np.ones((5, 2)), inputs={"b1": np.ones(3)})
     scheme = GradientEchoScheme(flip_angle=[5, 15, 25], repetition_time=[0.02, 0.02, 0.03])
-    with pytest.raises(ValueError, match=r"one repetition time .*0\.02 to 0\.03 s"):
+    with pytest.raises(EngineError, match=r"one repetition time .*0\.02 to 0\.03 s"):
         fit(get_model("despot1")(scheme), np.ones((3, 2)), solver="linear")
 
 

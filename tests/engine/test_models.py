@@ -9,6 +9,7 @@ import torch
 
 from bids_gacelle.engine import (
     DiffusionScheme,
+    EngineError,
     GradientEchoScheme,
     Parameter,
     SignalModel,
@@ -17,7 +18,7 @@ from bids_gacelle.engine import (
 )
 from bids_gacelle.engine.physics.quadrature import gauss_legendre, legendre2
 
-from .helpers import ALL_MODELS, NEXI_B, NEXI_DELTA, draw, draw_inputs, make_model, read
+from .helpers import ALL_MODELS, NEXI_B, NEXI_DELTA, Line, draw, draw_inputs, make_model, read
 
 MODELS = pytest.mark.parametrize(("name", "options"), ALL_MODELS)
 
@@ -254,9 +255,9 @@ def test_registry():
     assert all(get_model(name).name == name for name in list_models())
     own = get_model("nexi")
     assert get_model(own) is own
-    with pytest.raises(ValueError, match=r"known are r2star, .*Did you mean 'nexi'\?"):
+    with pytest.raises(EngineError, match=r"known are r2star, .*Did you mean 'nexi'\?"):
         get_model("nexy")
-    with pytest.raises(ValueError, match="known are r2star"):
+    with pytest.raises(EngineError, match="known are r2star"):
         get_model("zzz")
 
 
@@ -282,7 +283,6 @@ def test_installed_packages_can_announce_models(tmp_path, monkeypatch):
     [
         (lambda: get_model("nexi")(DiffusionScheme(b=[1.0, 2, 3, 4])), "nexi needs big_delta"),
         (lambda: get_model("nexi")(DiffusionScheme(b=[1.0], big_delta=[20.0])), "at least 4"),
-        (lambda: make_model("nexi", l_max=4), "l_max 0 or 2, got 4"),
         (lambda: make_model("nexi", lmax=2), "no option 'lmax'; it has l_max"),
         (lambda: make_model("r2star", l_max=2), "no option 'l_max'; it has none"),
         (lambda: get_model("r2star")(DiffusionScheme(b=[1.0])), "needs a GradientEchoScheme"),
@@ -293,8 +293,33 @@ def test_installed_packages_can_announce_models(tmp_path, monkeypatch):
     ],
 )
 def test_impossible_models_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EngineError, match=message):
         make()
+
+
+@pytest.mark.parametrize("value", [4, True, 2.0, "2", None])
+def test_option_values_are_checked_without_data(value):
+    nexi = get_model("nexi")
+    for make in (nexi.check_options, lambda options: make_model("nexi", **options)):
+        with pytest.raises(EngineError, match=f"l_max of nexi is 0 or 2, got {value!r}"):
+            make({"l_max": value})
+    nexi.check_options({"l_max": 2})
+    nexi.check_options({"l_max": np.int64(2)})
+
+
+def test_option_types_are_those_of_the_defaults():
+    class Theirs(Line):
+        options = {"order": 2, "width": 0.5, "fast": False, "rule": "even"}  # noqa: RUF012
+
+    Theirs.check_options({"order": 7, "width": 1, "fast": True, "rule": "odd"})
+    for options in ({"order": 2.5}, {"width": "wide"}, {"width": True}, {"fast": 1}, {"rule": 0}):
+        with pytest.raises(EngineError, match=f"option {next(iter(options))} of line is of type"):
+            Theirs.check_options(options)
+
+
+def test_closed_forms_are_announced():
+    closed = {name for name in list_models() if get_model(name).has_closed_form}
+    assert closed == {"despot1"}
 
 
 def test_engine_needs_torch_and_numpy_only():

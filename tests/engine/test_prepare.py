@@ -6,23 +6,10 @@ import numpy as np
 import pytest
 from scipy.special import eval_legendre
 
-from bids_gacelle.engine import prepare
+from bids_gacelle.engine import EngineError, prepare
 from bids_gacelle.engine.prepare import DwiVolumes, prepare_dwi, real_sh, sh_fit_matrix
 
-
-def even_directions(n: int, seed: int = 0) -> np.ndarray:
-    """Directions spread by electrostatic repulsion of antipodal pairs."""
-    g = np.random.default_rng(seed).normal(size=(n, 3))
-    g /= np.linalg.norm(g, axis=1)[:, None]
-    for _ in range(300):
-        force = np.zeros_like(g)
-        for sign in (1, -1):
-            difference = g[:, None] - sign * g[None]
-            distance = np.linalg.norm(difference, axis=2) + np.eye(n) * 1e9
-            force += (difference / distance[..., None] ** 3).sum(axis=1)
-        g += 0.3 / n * force / np.abs(force).max()
-        g /= np.linalg.norm(g, axis=1)[:, None]
-    return g
+from .helpers import even_directions
 
 
 def stick(b: float, directions: np.ndarray, axis: np.ndarray, d: float = 1.7) -> np.ndarray:
@@ -129,6 +116,7 @@ def test_two_runs_are_joined_each_by_its_own_b0():
     np.testing.assert_allclose(prepared.scheme.echo_time, [0.06, 0.06, 0.091])
     np.testing.assert_allclose(prepared.signals[0], prepared.signals[2], atol=1e-6)
     np.testing.assert_allclose(prepared.b0, 100, rtol=1e-6)
+    np.testing.assert_array_equal(prepared.scale_group, [0, 0, 1])
     # timing that only one run states is no timing of the scheme
     assert prepare_dwi([first, timed[1]]).scheme.big_delta is None
 
@@ -169,6 +157,13 @@ def test_shells_by_tolerance():
     expected = [0.5, 0.55, 0.5, 0.55, 0.5, 0.7]
     np.testing.assert_allclose(prepared.signals[:, 0], expected, rtol=1e-6)
     assert prepared.b0[0] == 200
+    np.testing.assert_array_equal(prepared.scale_group, [0] * 4 + [1] * 2)
+    # the longer echo has 1/4 of the signal and so 4 times the relative noise
+    np.testing.assert_allclose(4 * prepared.scale_sigma[0], prepared.scale_sigma[1], rtol=1e-6)
+    np.testing.assert_array_equal(
+        prepare_dwi([run, run], l_max=2).scale_group,
+        np.tile([0] * 4 + [1] * 2 + [2] * 4 + [3] * 2, 2),
+    )
 
 
 @pytest.mark.parametrize("n", [30, 64])
@@ -203,18 +198,28 @@ def test_noise_is_recovered_and_propagated(uneven):
     run = volumes([(1000, g), (2500, even_directions(60))], n_b0=4, noise=noise, voxels=voxels)
     prepared = prepare_dwi([run], l_max=2)
     assert any("averaged by spherical" in w for w in prepared.warnings) == uneven
+    # to the noise of its own a measurement adds its value times that of the b=0 mean
+    common = prepared.signals * prepared.scale_sigma
     scatter = prepared.signals.std(axis=1, dtype=np.float64)
-    np.testing.assert_allclose(np.median(prepared.sigma, axis=1), scatter, rtol=0.1)
+    np.testing.assert_allclose(
+        np.median(np.hypot(prepared.sigma, common), axis=1), scatter, rtol=0.1
+    )
+    covariance = np.cov(prepared.signals[:2].astype(np.float64))[0, 1]
+    np.testing.assert_allclose(
+        np.sqrt(np.median(common[0] * common[1])), np.sqrt(covariance), rtol=0.1
+    )
     # undo the propagation of S_0 of the even shell: the noise of one volume
-    s0, n = prepared.signals[1], prepared.scheme.n_directions[1]
-    sigma = prepared.sigma[1] / np.sqrt(1 / n + s0**2 / 4)
+    sigma = prepared.sigma[1] * np.sqrt(prepared.scheme.n_directions[1])
     assert abs(np.median(sigma) / noise - 1) < 0.1
+    assert abs(np.median(prepared.scale_sigma) * np.sqrt(4) / noise - 1) < 0.1
 
 
 def test_noise_needs_degrees_of_freedom():
     run = volumes([(1000, even_directions(9))], n_b0=3, noise=0.02, voxels=5)
     prepared = prepare_dwi([run])
     assert prepared.sigma is None
+    assert prepared.scale_sigma is None
+    np.testing.assert_array_equal(prepared.scale_group, [0])
     assert any("noise not estimated" in w for w in prepared.warnings)
     assert any("fewer than 12" in w for w in prepared.warnings)
     more = volumes([(1000, even_directions(9))], n_b0=9, noise=0.02, voxels=5)
@@ -226,8 +231,8 @@ def test_repeated_directions_give_the_noise():
     g = np.tile(even_directions(6), (5, 1))
     run = volumes([(1000, g)], n_b0=1, noise=0.05, voxels=2000)
     prepared = prepare_dwi([run])
-    sigma = prepared.sigma[0] / np.sqrt(1 / 30 + prepared.signals[0] ** 2)
-    assert abs(np.sqrt(np.mean(sigma**2)) / 0.05 - 1) < 0.1
+    for noise in (prepared.sigma[0] * np.sqrt(30), prepared.scale_sigma[0]):
+        assert abs(np.sqrt(np.mean(noise**2)) / 0.05 - 1) < 0.1
 
 
 def test_no_noise_gives_finite_weights():
@@ -255,6 +260,7 @@ def test_blocks_and_neighbours_do_not_matter(monkeypatch):
     parts = prepare_dwi([run], l_max=2)
     np.testing.assert_allclose(parts.signals, whole.signals, rtol=1e-6)
     np.testing.assert_allclose(parts.sigma, whole.sigma, rtol=1e-6)
+    np.testing.assert_allclose(parts.scale_sigma, whole.scale_sigma, rtol=1e-6)
 
 
 def _change(run: DwiVolumes, **arrays) -> DwiVolumes:
@@ -270,7 +276,7 @@ def _change(run: DwiVolumes, **arrays) -> DwiVolumes:
         (lambda r: {"bvec": r.bvec.T}, "36 volumes"),
         (lambda r: {"bval": np.where(np.arange(36) == 8, np.nan, r.bval)}, "volume 8"),
         (lambda r: {"bval": r.bval / 1000}, "s/mm"),
-        (lambda r: {"bval": r.bval + 500}, "no volume has b below"),
+        (lambda r: {"bval": r.bval + 500}, "no volume has b up to"),
         (lambda r: {"echo_time": np.where(r.bval > 0, 0.06, 0.09)}, "b=0 volume has the echo"),
         (lambda r: {"big_delta": np.where(np.arange(36) == 20, 0.0, 30)}, "volume 20"),
         (lambda r: {"small_delta": np.ones(3)}, "small_delta of shape"),
@@ -279,18 +285,28 @@ def _change(run: DwiVolumes, **arrays) -> DwiVolumes:
 )
 def test_unusable_input_is_named(change, words):
     run = volumes([(1000, even_directions(30))])
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(EngineError, match=words):
         prepare_dwi([_change(run, **change(run))])
+
+
+def test_the_threshold_is_the_highest_b_that_is_b0():
+    run = volumes([(50, even_directions(30)), (1000, even_directions(30))])
+    np.testing.assert_allclose(prepare_dwi([run], b0_threshold=50).scheme.b, [1.0])
+    np.testing.assert_allclose(prepare_dwi([run], b0_threshold=49.9).scheme.b, [0.05, 1.0])
+    np.testing.assert_allclose(prepare_dwi([run], b0_threshold=0).scheme.b, [0.05, 1.0])
+    for threshold in (-1.0, np.nan, np.inf):
+        with pytest.raises(EngineError, match="b=0 threshold is"):
+            prepare_dwi([run], b0_threshold=threshold)
 
 
 def test_too_few_directions_for_l2_name_the_shell():
     run = volumes([(1000, even_directions(30)), (2200, even_directions(5))])
     assert prepare_dwi([run]).signals.shape == (2, 1)
-    with pytest.raises(ValueError, match=r"b = 2200 .*l = 2"):
+    with pytest.raises(EngineError, match=r"b = 2200 .*l = 2"):
         prepare_dwi([run], l_max=2)
     # many volumes, but all in one plane
     ring = np.stack([np.cos(np.arange(20)), np.sin(np.arange(20)), np.zeros(20)], axis=1)
-    with pytest.raises(ValueError, match="do not determine"):
+    with pytest.raises(EngineError, match="do not determine"):
         prepare_dwi([volumes([(1000, ring)])], l_max=2)
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme
+from bids_gacelle.engine import DiffusionScheme, EngineError, GradientEchoScheme
 
 
 def test_single_values_stand_for_all_measurements():
@@ -32,13 +32,14 @@ def test_repr_makes_an_equal_scheme():
         ({"b": [1.0, 2.0], "big_delta": [1.0, 2.0, 3.0]}, "b has 2, big_delta has 3"),
         ({"b": [1.0], "big_delta": [5.0], "small_delta": [6.0]}, "cannot outlast"),
         ({"b": [[1.0], [2.0]]}, "list of numbers"),
+        ({"b": ["high"]}, "list of numbers in ms/um.*'high'"),
     ],
 )
 def test_impossible_diffusion_schemes_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EngineError, match=message):
         DiffusionScheme(**arguments)
 
 
 def test_empty_gradient_echo_scheme_is_refused():
-    with pytest.raises(ValueError, match="at least one of echo_time"):
+    with pytest.raises(EngineError, match="at least one of echo_time"):
         GradientEchoScheme()

@@ -1,19 +1,22 @@
 """The group table is all the ROI tables, and the same every time."""
 
 import errno
+import json
+import logging
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from bids_gacelle.errors import InputError
-from bids_gacelle.group import merge_tables
+from bids_gacelle.group import NothingToMerge, merge_tables
 
 HEADER = "index\tname\tparam\tmean\tn_voxels"
 KEYS = ["subject", "session", "atlas", "index", "param"]
 
 
-def make(out, name, *rows, header=HEADER, folder="dwi"):
+def make(out, name, *rows, header=HEADER, folder="dwi", listed=True):
+    """A ROI table and the manifest of the fit that wrote it."""
     labels = dict(part.split("-", 1) for part in name.split("_") if "-" in part)
     place = [
         f"sub-{labels['sub']}",
@@ -23,7 +26,16 @@ def make(out, name, *rows, header=HEADER, folder="dwi"):
     path = Path(out, *place, f"{name}_scalarstats.tsv")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([header, *rows]) + "\n")
+    if listed:
+        manifest = manifest_of(path)
+        manifest.parent.mkdir(exist_ok=True)
+        manifest.write_text(json.dumps({"tables": [path.relative_to(out).as_posix()]}))
     return path
+
+
+def manifest_of(path):
+    name = path.name.replace("scalarstats.tsv", "manifest.json")
+    return path.parent.parent / "figures" / name
 
 
 @pytest.fixture
@@ -88,8 +100,43 @@ def test_tables_elsewhere_are_not_taken(out):
 
 
 def test_nothing_to_merge_is_said(tmp_path):
-    with pytest.raises(InputError, match="No ROI tables"):
+    with pytest.raises(NothingToMerge, match="No ROI tables"):
         merge_tables(tmp_path)
+    make(tmp_path, "sub-01_atlas-a_desc-nexi", "1\tNAc\tfn\t1\t1", listed=False)
+    with pytest.raises(NothingToMerge, match="No ROI tables"):
+        merge_tables(tmp_path)
+
+
+def test_tables_that_the_latest_run_did_not_write_are_left_out(out):
+    make(out, "sub-02_atlas-old_desc-nexi", "1\tNAc\tfn\t99\t1", listed=False)
+    table = read(merge_tables(out)[0])
+    assert len(table) == 5
+    assert "99" not in table["mean"].tolist()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"tables": "x"}', '{"tables": [1]}', "\xff"])
+def test_a_damaged_manifest_is_left_out_and_named(out, caplog, content):
+    path = out / "sub-02/figures/sub-02_atlas-a_desc-nexi_manifest.json"
+    path.write_bytes(content.encode("latin-1"))
+    logger = logging.getLogger("bids_gacelle.group.tables")
+    logger.addHandler(caplog.handler)
+    try:
+        table = read(merge_tables(out)[0])
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "sub-02" not in table["subject"].tolist()
+    assert "sub-02/figures/sub-02_atlas-a_desc-nexi_manifest.json cannot be read" in caplog.text
+    for manifest in out.rglob("*_manifest.json"):
+        manifest.write_text("")
+    with pytest.raises(NothingToMerge, match=r"cannot be read: sub-01/figures/.*sub-02/figures/"):
+        merge_tables(out)
+
+
+def test_a_listed_table_that_is_gone_is_named(out):
+    make(out, "sub-04_atlas-a_desc-nexi", "1\tNAc\tfn\t1\t1").unlink()
+    with pytest.raises(InputError, match=r"Cannot read .*sub-04_atlas-a_desc-nexi_sc") as caught:
+        merge_tables(out)
+    assert not isinstance(caught.value, NothingToMerge)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +149,7 @@ def test_a_damaged_table_is_named(out, content, complaint):
     with pytest.raises(InputError, match=complaint) as caught:
         merge_tables(out)
     assert str(path) in str(caught.value)
+    assert not isinstance(caught.value, NothingToMerge)
 
 
 def test_a_table_without_a_model_is_named(out):

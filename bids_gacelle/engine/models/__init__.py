@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.metadata
 
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import Parameter, Reference, SignalModel
 
 MODELS: dict[str, str] = {
@@ -35,7 +36,7 @@ def get_model(model: str | type[SignalModel]) -> type[SignalModel]:
 
     Raises
     ------
-    ValueError
+    EngineError
         No model has this name.
     """
     if isinstance(model, type) and issubclass(model, SignalModel):
@@ -44,7 +45,7 @@ def get_model(model: str | type[SignalModel]) -> type[SignalModel]:
     if model not in known:
         close = difflib.get_close_matches(str(model).lower(), known, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"There is no model {model!r}; known are {', '.join(known)}.{hint}")
+        raise EngineError(f"There is no model {model!r}; known are {', '.join(known)}.{hint}")
     module, _, name = known[str(model)].partition(":")
     found: type[SignalModel] = getattr(importlib.import_module(module), name)
     return found

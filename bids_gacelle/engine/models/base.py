@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_gacelle.engine.derivatives import directional
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.scheme import DiffusionScheme, GradientEchoScheme, Scheme
 
 Inputs = dict[str, Tensor]
@@ -78,6 +81,14 @@ class Parameter:
         return float(np.log(value)) if self.coordinate == "log" else float(value)
 
 
+def _is_a(value: object, wanted: type) -> bool:
+    """Tell whether a value can stand for a default of this type; 1 is a float, True no number."""
+    if isinstance(value, bool) or wanted is bool:
+        return type(value) is wanted
+    numbers = {int: Integral, float: Real}
+    return isinstance(value, numbers.get(wanted, wanted))
+
+
 class SignalModel(ABC):
     """A forward model: parameters of a voxel to its measurements.
 
@@ -100,8 +111,13 @@ class SignalModel(ABC):
         Smallest number of echoes, flip angles or shells.
     voxel_inputs, input_defaults
         Names of maps the signal depends on (such as b1), and the value when none is given.
-    options, required
-        Constructor options with their defaults; columns the acquisition must have.
+    options, choices
+        Constructor options with their defaults, whose type they keep; allowed values of those
+        that have few.
+    required
+        Columns the acquisition must have.
+    has_closed_form
+        Whether the model gives a `closed_form`; set by itself.
     starts
         Number of starts the fit uses unless told otherwise.
     compile_from
@@ -123,34 +139,55 @@ class SignalModel(ABC):
     voxel_inputs: ClassVar[tuple[str, ...]] = ()
     input_defaults: ClassVar[dict[str, float]] = {}
     options: ClassVar[dict[str, Any]] = {}
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     required: ClassVar[tuple[str, ...]] = ()
     starts: ClassVar[int] = 1
     compile_from: ClassVar[int] = 300_000
+    has_closed_form: ClassVar[bool] = False
     parameters: tuple[Parameter, ...]
     derived: tuple[Parameter, ...] = ()
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Note whether the model has a closed form."""
+        super().__init_subclass__(**arguments)
+        cls.has_closed_form = cls.closed_form is not SignalModel.closed_form
 
     def __init__(self, scheme: Scheme, **options: Any) -> None:
         expected = DiffusionScheme if self.kind == "dwi" else GradientEchoScheme
         if not isinstance(scheme, expected):
-            raise ValueError(
+            raise EngineError(
                 f"{self.name} needs a {expected.__name__}, got {type(scheme).__name__}."
             )
-        unknown = sorted(set(options) - set(self.options))
-        if unknown:
-            raise ValueError(
-                f"{self.name} has no option {unknown[0]!r}; "
-                f"it has {', '.join(self.options) or 'none'}."
-            )
+        self.check_options(options)
         missing = [column for column in self.required if getattr(scheme, column) is None]
         if missing:
-            raise ValueError(f"{self.name} needs {' and '.join(missing)} in its acquisition.")
+            raise EngineError(f"{self.name} needs {' and '.join(missing)} in its acquisition.")
         if len(scheme) < self.minimum_measurements:
-            raise ValueError(
+            raise EngineError(
                 f"{self.name} needs at least {self.minimum_measurements} measurements "
                 f"(echoes, flip angles or shells), got {len(scheme)}."
             )
         self.scheme = scheme
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, object]) -> None:
+        """Check constructor options; no data are needed.
+
+        Raises
+        ------
+        EngineError
+            An option is unknown, or its value is of the wrong type or not allowed.
+        """
+        for name, value in options.items():
+            if name not in cls.options:
+                known = ", ".join(cls.options) or "none"
+                raise EngineError(f"{cls.name} has no option {name!r}; it has {known}.")
+            wanted = type(cls.options[name])
+            allowed = cls.choices.get(name)
+            if not _is_a(value, wanted) or (allowed is not None and value not in allowed):
+                one_of = " or ".join(map(repr, allowed or ())) or f"of type {wanted.__name__}"
+                raise EngineError(f"The option {name} of {cls.name} is {one_of}, got {value!r}.")
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -219,10 +256,10 @@ class SignalModel(ABC):
 
         Raises
         ------
-        ValueError
+        EngineError
             The model has none, or the acquisition does not allow it.
         """
-        raise ValueError(
+        raise EngineError(
             f"{self.name} has no closed-form estimate: use another solver than 'linear'."
         )
 

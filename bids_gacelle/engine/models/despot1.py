@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import Inputs, Parameter, Reference, SignalModel
 from bids_gacelle.engine.physics.steady_state import spgr
 from bids_gacelle.engine.scheme import GradientEchoScheme
@@ -94,12 +95,12 @@ class Despot1(SignalModel):
 
         Raises
         ------
-        ValueError
+        EngineError
             The repetition times differ.
         """
         time = self._repetition_time
         if np.ptp(time) > 1e-6 * time.mean():
-            raise ValueError(
+            raise EngineError(
                 "The linear DESPOT1 estimate needs one repetition time for all flip angles, "
                 f"got {time.min()} to {time.max()} s: use solver 'lm'."
             )

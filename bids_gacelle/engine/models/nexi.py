@@ -90,6 +90,7 @@ class Nexi(SignalModel):
     minimum_measurements = 4
     required = ("b", "big_delta")
     options = {"l_max": 0}  # noqa: RUF012
+    choices = {"l_max": (0, 2)}  # noqa: RUF012
     starts = 4
     scheme: DiffusionScheme
     parameters: tuple[Parameter, ...] = _FITTED
@@ -100,9 +101,7 @@ class Nexi(SignalModel):
     )
 
     def __init__(self, scheme: DiffusionScheme, *, l_max: int = 0, **options: Any) -> None:
-        super().__init__(scheme, **options)
-        if l_max not in (0, 2):
-            raise ValueError(f"nexi has l_max 0 or 2, got {l_max!r}.")
+        super().__init__(scheme, l_max=l_max, **options)
         self.l_max = l_max
         self.parameters = (*_FITTED, _P2) if l_max == 2 else _FITTED
         sharpest = float(scheme.b.max()) * _FITTED[1].bounds[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.solvers.base import Problem, Settings, Solution, Solver
 
 SOLVERS: dict[str, str] = {
@@ -17,11 +18,11 @@ def get_solver(name: str) -> Solver:
 
     Raises
     ------
-    ValueError
+    EngineError
         No solver has this name.
     """
     if name not in SOLVERS:
-        raise ValueError(f"There is no solver {name!r}; known are {', '.join(SOLVERS)}.")
+        raise EngineError(f"There is no solver {name!r}; known are {', '.join(SOLVERS)}.")
     module, _, function = SOLVERS[name].partition(":")
     solver: Solver = getattr(importlib.import_module(module), function)
     return solver

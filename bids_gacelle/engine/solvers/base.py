@@ -84,9 +84,9 @@ class Solution:
         (voxels,) index of the winning start.
     ends, end_costs
         (starts, parameters, voxels) and (starts, voxels): where every start ended.
-    covariance
-        (parameters, parameters, voxels) in solver coordinates, for a solver that has its own;
-        None: the inverse Hessian is used.
+    slopes
+        (parameters, measurements, voxels) derivatives of the position by the data, for a solver
+        that does not minimise the weighted sum of squares; None: those of its minimum.
     """
 
     position: Tensor
@@ -95,14 +95,14 @@ class Solution:
     winner: Tensor
     ends: Tensor
     end_costs: Tensor
-    covariance: Tensor | None = None
+    slopes: Tensor | None = None
 
     def take(self, index: slice) -> Solution:
         """Return the solution of some voxels."""
-        covariance = None if self.covariance is None else self.covariance[..., index]
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "covariance"}
+        slopes = None if self.slopes is None else self.slopes[..., index]
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "slopes"}
         taken = {name: tensor[..., index] for name, tensor in rest.items()}
-        return Solution(**taken, covariance=covariance)
+        return Solution(**taken, slopes=slopes)
 
 
 Solver = Callable[[Problem], Solution]

@@ -6,23 +6,24 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.derivatives import voxelwise_gradients
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.solvers.base import Problem, Solution
 
 
 def solve(problem: Problem) -> Solution:
     """Return the model's closed-form estimate; no bounds apply.
 
-    The covariance is that of the estimator itself (first-order propagation of the measurement
-    noise), not of a least-squares fit of the signal.
+    Its slopes let the noise of the measurements be propagated through the estimator itself, which
+    is no least-squares fit of the signal.
 
     Raises
     ------
-    ValueError
+    EngineError
         The model has no closed form, or a prior was asked for.
     """
     kernel, voxels = problem.exact, problem.exact_voxels
     if kernel.objective.prior is not None:
-        raise ValueError("The linear solver takes no prior: use solver 'lm'.")
+        raise EngineError("The linear solver takes no prior: use solver 'lm'.")
 
     names = kernel.model.parameter_names
 
@@ -32,8 +33,6 @@ def solve(problem: Problem) -> Solution:
 
     position = torch.stack(list(estimate(voxels.data).values()))
     slopes = torch.stack(list(voxelwise_gradients(estimate, voxels.data).values()))
-    scaled = slopes if voxels.weight is None else slopes / voxels.weight.sqrt()
-    covariance = (scaled[:, None] * scaled).sum(2)
     n_voxels = position.shape[1]
     valid = position.isfinite().all(0)
     count = torch.ones(n_voxels, dtype=torch.int32, device=kernel.device)
@@ -45,5 +44,5 @@ def solve(problem: Problem) -> Solution:
         winner=torch.zeros_like(count),
         ends=position[None],
         end_costs=torch.zeros(1, n_voxels, dtype=position.dtype, device=kernel.device),
-        covariance=covariance,
+        slopes=slopes,
     )
