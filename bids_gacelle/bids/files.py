@@ -21,6 +21,7 @@ _SKIPPED = re.compile(
     r"|/\."
 )
 NIFTI = (".nii.gz", ".nii")
+_INDEX = "layout_index.sqlite"  # the name that pybids gives its database
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _kept_index(root: Path, database: Path) -> list[Path]:
         known = note.is_file() and note.read_bytes() == now
         if not known:  # an index that is not finished must not pass for one that is
             note.unlink(missing_ok=True)
-            (database / "layout_index.sqlite").unlink(missing_ok=True)
+            (database / _INDEX).unlink(missing_ok=True)
         paths = _index(root, [], database)
         note.write_bytes(now)
     except (OSError, SQLAlchemyError) as error:
@@ -233,8 +234,11 @@ def _index(root: Path, subjects: list[str], database: Path | None) -> list[Path]
                 indexer=indexer,
                 database_path=database,
             )
-    except (TypeError, AttributeError, KeyError, ValueError):
-        # pybids trips over descriptions such as {"GeneratedBy": {"Name": ...}}; names are enough.
+    except (TypeError, AttributeError, KeyError, ValueError, OSError):
+        # pybids trips over descriptions such as {"GeneratedBy": {"Name": ...}} and those that
+        # cannot be read; names are enough.
+        if database:
+            (database / _INDEX).unlink(missing_ok=True)
         paths = [p for p in root.rglob("*") if p.is_file()]
         return [p for p in paths if not _SKIPPED.search("/" + p.relative_to(root).as_posix())]
     paths = [Path(p) for p in layout.get(return_type="filename")]

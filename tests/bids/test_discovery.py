@@ -396,6 +396,15 @@ def test_database_is_kept_while_nothing_changes(tree, tmp_path: Path) -> None:
     assert (index.stat().st_ino, index.stat().st_mtime_ns) == before
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_description_that_cannot_be_read(tree, pick, tmp_path: Path, keep: bool) -> None:
+    tree.megre()
+    (tree.root / "dataset_description.json").mkdir()
+    for _ in range(2):
+        plan = tree.discover(database_dir=tmp_path / "db" if keep else None)
+        assert pick(plan, "r2star").eligible
+
+
 def test_database_that_cannot_be_kept(tree, tmp_path: Path) -> None:
     tree.megre()
     (tmp_path / "file").write_text("")

@@ -387,6 +387,8 @@ def test_gpu_and_cpu_find_the_same_optimum(name):
             model,
             data,
             inputs=inputs,
+            scale_sigma=np.full((1, 3000), 0.01),
+            scale_group=np.zeros(model.n_measurements, int),
             device=d,
             precision="float64",
             options=options,
@@ -399,3 +401,4 @@ def test_gpu_and_cpu_find_the_same_optimum(name):
         for other in (gpu, small):
             close = np.abs(other.maps[key] - cpu.maps[key]) < 1e-4 * scale
             assert close.mean() > 0.98
+            assert np.nanmedian(other.std[key]) == pytest.approx(np.nanmedian(cpu.std[key]), 0.02)

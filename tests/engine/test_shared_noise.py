@@ -66,7 +66,7 @@ def test_intervals_of_nexi_cover_with_a_b0_for_each_diffusion_time():
     result = fit(model, data, sigma=sd, scale_sigma=scale_sigma, scale_group=group)
     check_coverage(result, truth | {"rn": 0.5 / 25})
     alone = fit(model, data, sigma=sd)
-    assert np.median(alone.std["tex"]) < 0.8 * np.median(result.std["tex"])
+    assert np.median(alone.std["de"]) < 0.75 * np.median(result.std["de"])
 
 
 @pytest.mark.parametrize("prior", [None, {"offset": (0.0, 0.5)}])
