@@ -39,6 +39,16 @@ class _FitOutputSpec(TraitedSpec):
     fitted = traits.Dict(desc="file (npz), settings, examples, plot")
 
 
+class FittedInputSpec(StepInputSpec):
+    """Inputs of the nodes that come after a fit."""
+
+    model = traits.Str(mandatory=True)
+    collected = traits.Dict(mandatory=True)
+    mask = traits.Dict(mandatory=True)
+    prepared = traits.Dict(mandatory=True)
+    fitted = traits.Dict(mandatory=True)
+
+
 class FitModel(Step):
     """Call the engine on one model and keep its maps as arrays over the voxels of the mask."""
 

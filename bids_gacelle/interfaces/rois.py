@@ -15,9 +15,9 @@ from bids_gacelle.bids.output import write_json, write_tsv
 from bids_gacelle.bids.series import Atlas, series_from_json
 from bids_gacelle.bids.sidecar import TABLE_COLUMNS, table_sidecar
 from bids_gacelle.errors import InputError
-from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
+from bids_gacelle.interfaces.base import LOGGER, Step
 from bids_gacelle.interfaces.collect import reference_image
-from bids_gacelle.interfaces.fit import build_model, load_fit
+from bids_gacelle.interfaces.fit import FittedInputSpec, build_model, load_fit
 from bids_gacelle.interfaces.provenance import fit_record
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes, same_grid
@@ -27,12 +27,7 @@ NO_ESTIMATE = 4 | 8 | 32
 """Flags of voxels that do not count in a ROI."""
 
 
-class _RoiInputSpec(StepInputSpec):
-    model = traits.Str(mandatory=True)
-    collected = traits.Dict(mandatory=True)
-    mask = traits.Dict(mandatory=True)
-    prepared = traits.Dict(mandatory=True)
-    fitted = traits.Dict(mandatory=True)
+class _RoiInputSpec(FittedInputSpec):
     written = traits.Dict(desc="the maps are written first: they do not depend on a table")
 
 

@@ -14,22 +14,14 @@ from bids_gacelle.bids import names, sidecar
 from bids_gacelle.bids.output import write_image, write_json, write_tsv
 from bids_gacelle.bids.series import Series, series_from_json
 from bids_gacelle.interfaces import provenance
-from bids_gacelle.interfaces.base import Step, StepInputSpec
+from bids_gacelle.interfaces.base import Step
 from bids_gacelle.interfaces.collect import reference_image
-from bids_gacelle.interfaces.fit import build_model, load_fit
+from bids_gacelle.interfaces.fit import FittedInputSpec, build_model, load_fit
 from bids_gacelle.interfaces.rois import scatter
 from bids_gacelle.settings import Settings
 
 OUTSIDE = 1
 """Flag of voxels outside the mask."""
-
-
-class _WriteInputSpec(StepInputSpec):
-    model = traits.Str(mandatory=True)
-    collected = traits.Dict(mandatory=True)
-    mask = traits.Dict(mandatory=True)
-    prepared = traits.Dict(mandatory=True)
-    fitted = traits.Dict(mandatory=True)
 
 
 class _WriteOutputSpec(TraitedSpec):
@@ -39,7 +31,7 @@ class _WriteOutputSpec(TraitedSpec):
 class WriteMaps(Step):
     """Maps, standard deviations, flags, NRMSE and mask, each with its sidecar."""
 
-    input_spec = _WriteInputSpec
+    input_spec = FittedInputSpec
     output_spec = _WriteOutputSpec
 
     def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
@@ -161,7 +153,7 @@ class WriteMaps(Step):
         self._written.append(str(path))
 
 
-class _ManifestInputSpec(_WriteInputSpec):
+class _ManifestInputSpec(FittedInputSpec):
     written = traits.Dict(mandatory=True)
     tables = traits.Dict(mandatory=True)
 
