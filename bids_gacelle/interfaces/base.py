@@ -82,6 +82,7 @@ def start_logging(run: dict[str, Any]) -> None:
     if any(getattr(handler, "baseFilename", "") == log_file for handler in LOGGER.handlers):
         return
     stop_logging()
+    logging.raiseExceptions = False  # a full disk must not print a traceback per line of the log
     line = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
     file = logging.FileHandler(log_file, delay=True)
     handlers: list[logging.Handler] = [file, logging.StreamHandler()]
