@@ -32,7 +32,8 @@ def outcomes(
 
     ``error`` is what Nipype raised, for jobs of which no node left a word.
     """
-    failures, done = _records(run["failures"]), _records(run["done"])
+    failures = [record for folder in run["failures"] for record in _records(folder)]
+    done = _records(run["done"])
     status = []
     for job in plan.jobs:
         about = {

@@ -68,7 +68,8 @@ class GuardedMultiProcPlugin(MultiProcPlugin):
         if error is None:
             self._taskresult[taskid] = future.result()
         else:
-            message = [f"{type(error).__name__}: {KILLED}\n"]
+            killed = isinstance(error, BrokenProcessPool)
+            message = [f"{type(error).__name__}: {KILLED if killed else error}\n"]
             self._taskresult[taskid] = {"result": None, "traceback": message, "taskid": taskid}
         if alone is not None:
             alone.shutdown(wait=False)

@@ -112,6 +112,7 @@ def participant(settings: Settings, command: Sequence[str], level: int) -> int:
         return code
     finally:
         stop_logging()
+        shutil.rmtree(run["failures"][1], ignore_errors=True)
         if not settings.keep_work:
             shutil.rmtree(run["work_dir"], ignore_errors=True)
 
@@ -135,7 +136,7 @@ def _start(settings: Settings, plan: Plan, command: Sequence[str], level: int) -
     log_dir = out / "logs" / run_id
     work = base / run_id
     try:
-        for folder in (log_dir, work / "failures", work / "done"):
+        for folder in (log_dir / "failures", work / "failures", work / "done"):
             folder.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"Cannot make {folder}: {error.strerror}; choose another -w.") from error
@@ -147,7 +148,7 @@ def _start(settings: Settings, plan: Plan, command: Sequence[str], level: int) -
         "log_file": str(log_dir / "bids_gacelle.log"),
         "log_level": level,
         "work_dir": str(work),
-        "failures": str(work / "failures"),
+        "failures": [str(work / "failures"), str(log_dir / "failures")],
         "done": str(work / "done"),
         "datasets": plan.datasets,
         "use_gpu": settings.device.startswith("cuda"),
@@ -222,7 +223,7 @@ def _finish(
                 pages.append(write_report(settings.output_dir, subject))
             except Exception as error:  # a page that cannot be drawn must not cost the maps
                 LOGGER.debug("Report of sub-%s", subject, exc_info=True)
-                reason = f"the report could not be made: {error}"
+                reason = f"{names.report_path(subject)} could not be made: {error}"
                 status.append({"subject": subject, "status": "failed", "reason": reason})
         write_citations(settings.output_dir)
         write_json(path, summary(plan, run, status))

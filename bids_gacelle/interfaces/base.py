@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import traceback
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ class StepInputSpec(BaseInterfaceInputSpec):
     """Inputs of every node."""
 
     settings = traits.Dict(mandatory=True, desc="the run's settings, as Settings.to_dict gives")
-    run = traits.Dict(mandatory=True, desc="log_file, log_level, failures (folder), version")
+    run = traits.Dict(
+        mandatory=True, desc="log_file, log_level, failures (folders), done (folder), ..."
+    )
     series = traits.Dict(mandatory=True, desc="a bids.series.Series as JSON data")
 
 
@@ -38,8 +41,16 @@ class Step(SimpleInterface):
         run = self.inputs.run
         start_logging(run)
         settings = Settings.from_dict(self.inputs.settings)
+        cwd = Path(runtime.cwd)
         try:
-            self._results.update(self.work(settings, Path(runtime.cwd)))
+            try:
+                self._results.update(self.work(settings, cwd))
+            except OSError as error:  # what we read and write for the user has its InputError
+                free = shutil.disk_usage(cwd).free / 1e6
+                raise InputError(
+                    f"Cannot write intermediate files in {cwd}: {error} ({free:,.0f} MB free); "
+                    "free space or choose another folder with -w."
+                ) from error
         except Exception as error:
             self._record_failure(error)
             raise
@@ -59,11 +70,13 @@ class Step(SimpleInterface):
             "traceback": "" if expected else traceback.format_exc(),
         }
         name = "_".join(str(record[k]) for k in ("step", "subject", "session", "series", "model"))
-        path = Path(self.inputs.run["failures"]) / (name.replace(" ", "-") + ".json")
-        try:
-            path.write_text(json.dumps(record))
-        except OSError:  # a full disk must not hide the failure itself
-            LOGGER.error("%s", record["message"])
+        for folder in self.inputs.run["failures"]:  # one of the two disks may be full
+            try:
+                (Path(folder) / (name.replace(" ", "-") + ".json")).write_text(json.dumps(record))
+            except OSError:
+                continue
+            return
+        LOGGER.error("%s", record["message"])
 
 
 def series_label(series: dict[str, Any]) -> str:

@@ -243,7 +243,8 @@ def silent_status(tmp_path, **settings):
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("failures", "done"):
         (tmp_path / name).mkdir(exist_ok=True)
-    run = {k: str(tmp_path / k) for k in ("failures", "done")} | {"log_dir": str(tmp_path / "log")}
+    run = {"failures": [str(tmp_path / "failures")], "done": str(tmp_path / "done")}
+    run["log_dir"] = str(tmp_path / "log")
     series = Series("megre", "01", "", {}, ("a.nii.gz",))
     plan = Plan((Job(series, "r2star"),), (), {})
     asked = Settings(tmp_path, tmp_path, **settings)
