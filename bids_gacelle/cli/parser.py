@@ -209,7 +209,10 @@ def _resources(parser: argparse.ArgumentParser) -> None:
         help="processor cores in all (default: those this process may use)",
     )
     group.add_argument(
-        "--omp-nthreads", type=argtypes.positive_int, metavar="N", help="cores per fit"
+        "--omp-nthreads",
+        type=argtypes.positive_int,
+        metavar="N",
+        help="cores per fit (default: 1; more pays for large fits on an idle machine only)",
     )
     group.add_argument(
         "--mem",
@@ -298,10 +301,7 @@ def settings_from(namespace: argparse.Namespace) -> Settings:
     if given.get("prior") == "none":
         given["prior"] = None
     config = read_config(namespace.config_file) if "config_file" in namespace else {}
-    cores = available_cores()
-    defaults = {"nprocs": cores}
-    merged = {**defaults, **config, **given}
-    merged.setdefault("omp_nthreads", min(merged["nprocs"], 8))
+    merged = {"nprocs": available_cores(), **config, **given}
     return Settings.from_dict(merged)
 
 
