@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
+import signal
 import threading
+import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -108,3 +111,22 @@ def read_plugin(path: Path) -> tuple[str, dict[str, Any]]:
 def _start_worker(cwd: str, run: dict[str, Any]) -> None:
     os.chdir(cwd)
     start_logging(run)
+    threading.Thread(target=_leave_with, args=(run["pid"],), daemon=True).start()
+
+
+def _leave_with(run: int) -> None:
+    """End this worker, and the server that forked it, when the process of the run was killed."""
+    server = os.getppid()
+    while _lives(run):
+        time.sleep(1)
+    with contextlib.suppress(OSError):
+        os.kill(server, signal.SIGTERM)
+    os._exit(1)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

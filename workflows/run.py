@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -143,7 +144,8 @@ def _start(settings: Settings, plan: Plan, command: Sequence[str], level: int) -
     run = {
         "run_id": run_id,
         "version": __version__,
-        "command": " ".join(command),
+        "pid": os.getpid(),
+        "command": shlex.join(command),
         "log_dir": str(log_dir),
         "log_file": str(log_dir / "bids_gacelle.log"),
         "log_level": level,
@@ -223,7 +225,7 @@ def _finish(
                 pages.append(write_report(settings.output_dir, subject))
             except Exception as error:  # a page that cannot be drawn must not cost the maps
                 LOGGER.debug("Report of sub-%s", subject, exc_info=True)
-                reason = f"{names.report_path(subject)} could not be made: {error}"
+                reason = f"no report: {error}"
                 status.append({"subject": subject, "status": "failed", "reason": reason})
         write_citations(settings.output_dir)
         write_json(path, summary(plan, run, status))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -72,6 +73,12 @@ def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> P
     findings: dict[Finding, None] = {}
     jobs: list[Job] = []
     for subject in subjects:
+        if closed := _closed_folder(bids_dir / f"sub-{subject}"):
+            for need in needs:
+                job, finding = _unreadable(subject, need, closed)
+                jobs.append(job)
+                findings[finding] = None
+            continue
         used: set[Path] = set()
         for session in _units(context, subject, sessions[subject]):
             for job, found in _session_jobs(context, subject, session, needs, used):
@@ -271,6 +278,23 @@ def _why_nothing(context: Context, series: Series, need: ModelNeeds) -> str:
         listed = ", ".join(sorted(contrasts))
         reason += f" (there are MPM images ({listed}), which no model here is fitted to yet)"
     return reason
+
+
+def _closed_folder(folder: Path) -> str:
+    """The first folder at or below a subject's that may not be listed, "" if all may."""
+    closed: list[str] = []
+    for _ in os.walk(folder, onerror=lambda error: closed.append(str(error.filename))):
+        if closed:
+            break
+    return closed[0] if closed else ""
+
+
+def _unreadable(subject: str, need: ModelNeeds, folder: str) -> tuple[Job, Finding]:
+    """A subject with a folder that may not be listed: what it holds cannot be known."""
+    reason = f"the folder `{folder}` cannot be read: permission denied"
+    message = f"sub-{subject} model {need.name} skipped: {reason}."
+    job = Job(Series(need.kind, subject, "", {}, ()), need.name, reason, "broken")
+    return job, Finding("error", message, subject, "", need.name, folder)
 
 
 def _skipped(series: Series, model: str, problem: MetadataError) -> Finding:

@@ -199,6 +199,8 @@ def _open(path: Path) -> SpatialImage:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return f"`{path}` cannot be read: permission denied."
     reason = str(error).split("\n")[0].rstrip(".") or type(error).__name__
     return (
         f"`{path}` cannot be read as an image ({reason}): it is truncated, corrupt or no NIfTI "

@@ -33,13 +33,14 @@ TABLE_COLUMNS = {
     "n_voxels": "Voxels of the region in the segmentation",
     "n_valid": "Voxels of the region that have an estimate; the statistics are over these",
     "coverage": "n_valid over n_voxels",
+    "at_bound": "Share of the valid voxels where the parameter is at a bound of the fit",
     "weighted_mean": "Mean weighted by 1/sd^2, over the valid voxels that have one",
 }
 """Columns of the ROI tables, in order, and their meaning."""
 
 _SOLVERS = {"lm": "Levenberg-Marquardt", "linear": "linear least squares"}
 _COUNTS = ("n_voxels", "n_valid")
-_RATIOS = ("cov", "coverage")
+_RATIOS = ("cov", "coverage", "at_bound")
 
 
 @dataclass(frozen=True)

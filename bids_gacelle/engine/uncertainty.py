@@ -141,7 +141,7 @@ def standard_deviations(
     """Return standard deviations by name in each parameter's own unit, derived ones included.
 
     First-order propagation from the solver's coordinates. NaN for a parameter at a bound and for a
-    derived quantity that depends on nothing else.
+    derived quantity that depends on one: what is conditional on the bound would look too certain.
     """
     names = kernel.model.parameter_names
     variance = torch.diagonal(assessment.covariance, dim1=0, dim2=1).T
@@ -156,5 +156,6 @@ def standard_deviations(
     for name in kernel.model.derived_names:
         gradient = slopes[name]
         total = (gradient[:, None] * assessment.covariance * gradient).sum((0, 1))
+        total = torch.where((assessment.at_bound & (gradient != 0)).any(0), torch.nan, total)
         out[name] = torch.where(total > 0, total, torch.nan).sqrt()
     return out

@@ -8,6 +8,7 @@ from typing import Any
 
 from bids_gacelle import __version__
 from bids_gacelle.bids.output import write_text
+from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER
 from bids_gacelle.report import build_subject_report
 
@@ -43,7 +44,14 @@ def write_citations(out_dir: Path) -> None:
 def write_report(out_dir: Path, subject: str) -> Path:
     """Build ``sub-<subject>.html`` from the manifests and the latest run of the subject."""
     status, run = _latest(out_dir, subject)
-    return build_subject_report(out_dir, subject, _manifests(out_dir, subject), status, run)
+    try:
+        return build_subject_report(out_dir, subject, _manifests(out_dir, subject), status, run)
+    except OSError as error:
+        path = out_dir / f"sub-{subject}.html"
+        raise InputError(
+            f"Cannot write {path}: {error.strerror or error}; free space or see that you may "
+            "write there, then run again with --reports-only."
+        ) from error
 
 
 def _manifests(out_dir: Path, subject: str) -> list[dict[str, Any]]:
@@ -81,7 +89,8 @@ def _latest(out_dir: Path, subject: str) -> tuple[list[dict[str, Any]], dict[str
             content = json.loads(path.read_text())
         except (OSError, ValueError):  # of a run that a full disk cut short
             continue
-        jobs = [j for j in content["jobs"] if j["subject"] == subject]
+        # what a session does not have is in the log; the page tells of what was tried
+        jobs = [j for j in content["jobs"] if j["subject"] == subject and j["status"] != "skipped"]
         for job in jobs:
             status[tuple(job.get(k, "") for k in ("session", "series", "model"))] = job
         if jobs:

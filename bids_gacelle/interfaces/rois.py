@@ -91,6 +91,13 @@ class RoiStatistics(Step):
                 std=scatter(fit[f"std_{key}"], mask, np.nan),
                 valid=valid,
             )
+            if parameter in model.parameters:
+                close = np.isclose(fit[f"map_{key}"][:, None], parameter.bounds, atol=1e-6).any(1)
+                bound = scatter(close.astype(np.float32), mask, np.nan)
+                for row, share in zip(
+                    statistics, roi_statistics(bound, labels, lookup, valid=valid), strict=True
+                ):
+                    row["at_bound"] = share["mean"]
             about = {"model": model.name, "param": key, "unit": parameter.unit}
             rows += [{**row, **about, "hemi": hemisphere(str(row["name"]))} for row in statistics]
         return rows

@@ -182,8 +182,11 @@ def _annotate(target: Mosaic, panel: Panel, view: View) -> None:
     name = view.grid.stored_index(panel.plane.cut, panel.position)
     strip = panel.height < 30
     above = f"{panel.plane.name.upper()}   {name}" if panel.first else name
+    narrow = panel.width < 34  # two letters would meet, or even change sides
     if panel.first and strip:
         above += f"   ({LETTERS[panel.plane.up][1]} up)"
+    if panel.first and narrow:
+        above += f"   ({LETTERS[panel.plane.across][0]} left)"
     target.label(panel.x, panel.y - CAPTION / 2, above, fontsize=9.5)
     if not panel.first:
         return
@@ -195,8 +198,9 @@ def _annotate(target: Mosaic, panel: Panel, view: View) -> None:
     }
     middle_x, middle_y = panel.x + panel.width / 2, panel.y + panel.height / 2
     low, high = LETTERS[panel.plane.across]
-    target.label(panel.x + 3, middle_y, low, ha="left", **style)
-    target.label(panel.x + panel.width - 3, middle_y, high, ha="right", **style)
+    if not narrow:
+        target.label(panel.x + 3, middle_y, low, ha="left", **style)
+        target.label(panel.x + panel.width - 3, middle_y, high, ha="right", **style)
     if not strip:
         low, high = LETTERS[panel.plane.up]
         target.label(middle_x, panel.y + 7, high, ha="center", **style)

@@ -9,7 +9,7 @@ from typing import Any
 
 from bids_gacelle.report import text
 
-ROI_FIRST = ("mean", "std", "median", "n_valid", "coverage")
+ROI_FIRST = ("mean", "std", "median", "n_valid", "coverage", "at_bound")
 ROI_REST = ("iqr", "cov", "q05", "q95", "min", "max", "weighted_mean", "n_voxels")
 ROI_TITLES = {
     "mean": "mean",
@@ -17,6 +17,7 @@ ROI_TITLES = {
     "median": "median",
     "n_valid": "n",
     "coverage": "coverage",
+    "at_bound": "at a bound",
     "iqr": "IQR",
     "cov": "CoV",
     "q05": "5 %",
@@ -138,7 +139,7 @@ def roi_cells(row: dict[str, str], columns: tuple[str, ...]) -> list[dict[str, A
     cells = []
     for name in columns:
         value = text.finite(row.get(name))
-        if name in ("coverage", "cov"):
+        if name in ("coverage", "cov", "at_bound"):
             shown = text.percent(value)
         elif name.startswith("n_"):
             shown = text.count(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -540,3 +541,21 @@ def test_filter_file(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(InputError, match="cannot be read as JSON"):
             load_filter_file(path)
+
+
+def test_closed_folder_is_no_absence(tree, monkeypatch) -> None:
+    """A folder that may not be listed makes its subject fail, and no other."""
+    tree.megre()
+    tree.megre("sub-02/anat/sub-02")
+    walk = os.walk
+
+    def closed(top, onerror=None, **options):
+        if str(top).endswith("sub-02"):
+            onerror(PermissionError(13, "Permission denied", f"{top}/anat"))
+        return walk(top, onerror=onerror, **options)
+
+    monkeypatch.setattr("bids_gacelle.bids.discovery.os.walk", closed)
+    jobs = {j.series.subject: j for j in tree.discover().jobs if j.model == "r2star"}
+    assert jobs["01"].eligible
+    assert jobs["02"].cause == "broken"
+    assert "permission denied" in jobs["02"].reason

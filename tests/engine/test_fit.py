@@ -402,3 +402,15 @@ def test_gpu_and_cpu_find_the_same_optimum(name):
             close = np.abs(other.maps[key] - cpu.maps[key]) < 1e-4 * scale
             assert close.mean() > 0.98
             assert np.nanmedian(other.std[key]) == pytest.approx(np.nanmedian(cpu.std[key]), 0.02)
+
+
+def test_derived_quantities_of_a_parameter_at_its_bound_have_no_deviation():
+    """An exchange rate that follows from a time at its bound is not known better than the time."""
+    scheme = DiffusionScheme(b=[1, 2.5, 4, 6], big_delta=[13, 21, 30, 30], small_delta=[6] * 4)
+    model = get_model("nexi")(scheme)
+    truth = {"fn": 0.5, "dn": 2.0, "de": 1.0, "tex": 2000.0}
+    params = {k: torch.full((1,), v, dtype=torch.float64) for k, v in truth.items()}
+    result = fit(model, model.signal(params).numpy(), sigma=1e-3)
+    assert np.isnan(result.std["tex"]).all()
+    assert np.isnan(result.std["rn"]).all()
+    assert np.isfinite(result.std["fn"]).all()

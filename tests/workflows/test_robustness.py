@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -86,7 +88,7 @@ def double(x):
 
 if __name__ == "__main__":
     base = sys.argv[1]
-    run = {"log_file": base + "/log", "log_level": 20}
+    run = {"log_file": base + "/log", "log_level": 20, "pid": os.getpid()}
     wf = pe.Workflow("wf", base_dir=base)
     for name, function in (("bad", kill), ("good", double), ("late", double)):
         node = pe.Node(Function(["x"], ["y"], function), name=name)
@@ -114,6 +116,34 @@ def test_a_killed_worker_does_not_hang_the_run(tmp_path):
     assert "crashed nodes were reported" in ran.stdout, ran.stderr
     assert (tmp_path / "wf/good/result_good.pklz").exists()
     assert (tmp_path / "wf/late/result_late.pklz").exists()
+
+
+def test_a_killed_run_leaves_no_processes_and_no_half_files(two_subjects, tmp_path):
+    out, work = tmp_path / "out", tmp_path / "work"
+    command = [sys.executable, "-m", "bids_gacelle.cli.main", str(two_subjects), str(out)]
+    command += ["participant", "--models", "r2star", "--nprocs", "2", "-w", str(work)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(work.rglob("mask")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.kill()
+    run.wait()
+    while (alive := _processes_with(str(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert alive == []
+    assert not list(out.rglob("*.tmp"))
+    assert main([*command[3:], "--nprocs", "1"]) == 0
+
+
+def _processes_with(folder: str) -> list[str]:
+    """Processes that work in a folder."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            if str(link.readlink()).startswith(folder):
+                found.append(link.parent.name)
+    return found
 
 
 def test_two_runs_into_one_folder_at_once(two_subjects, tmp_path, bids_errors):
