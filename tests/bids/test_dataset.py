@@ -465,4 +465,5 @@ def test_the_table_sidecar_describes_every_column(raw):
     about = sidecar.table_sidecar(record, segmentation="bids:x:y", units={"fn": "1"})
     assert all(about[column]["Description"] for column in sidecar.TABLE_COLUMNS)
     statistics = roi_statistics(np.zeros((1, 1, 1)), np.ones((1, 1, 1), int), [(1, "a")])
-    assert set(statistics[0]) | {"hemi", "model", "param", "unit"} == set(sidecar.TABLE_COLUMNS)
+    added = {"hemi", "model", "param", "unit", "at_bound"}
+    assert set(statistics[0]) | added == set(sidecar.TABLE_COLUMNS)

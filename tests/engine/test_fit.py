@@ -144,16 +144,15 @@ def test_at_a_bound_there_is_no_interval_and_the_rest_is_conditional():
     np.testing.assert_allclose(result.std["d"], 0.002 / (slope**2).sum(0).sqrt(), rtol=1e-4)
 
 
-def test_derived_deviation_is_conditional_too():
+def test_derived_quantities_of_a_parameter_at_its_bound_have_no_deviation():
+    """A rate that follows from a time at its bound is not known better than that time."""
     model = make_model("nexi")
     data = noisy(model, draw(model, 200, 10), 1 / 50, 11)
     result = fit(model, data, sigma=0.02)
-    at = result.maps["tex"] == 150.0
-    fn_free = ~np.isnan(result.std["fn"])
-    assert (at & fn_free).sum() > 5
-    np.testing.assert_allclose(
-        result.std["rn"][at & fn_free], result.std["fn"][at & fn_free] / 150, rtol=1e-5
-    )
+    at_bound, free = np.isnan(result.std["tex"]), np.isfinite(result.std["fn"])
+    assert (at_bound & free).sum() > 5
+    assert np.isnan(result.std["rn"][at_bound]).all()
+    assert np.isfinite(result.std["rn"][~at_bound & free]).all()
 
 
 def test_as_many_parameters_as_measurements_leave_no_interval():
@@ -402,15 +401,3 @@ def test_gpu_and_cpu_find_the_same_optimum(name):
             close = np.abs(other.maps[key] - cpu.maps[key]) < 1e-4 * scale
             assert close.mean() > 0.98
             assert np.nanmedian(other.std[key]) == pytest.approx(np.nanmedian(cpu.std[key]), 0.02)
-
-
-def test_derived_quantities_of_a_parameter_at_its_bound_have_no_deviation():
-    """An exchange rate that follows from a time at its bound is not known better than the time."""
-    scheme = DiffusionScheme(b=[1, 2.5, 4, 6], big_delta=[13, 21, 30, 30], small_delta=[6] * 4)
-    model = get_model("nexi")(scheme)
-    truth = {"fn": 0.5, "dn": 2.0, "de": 1.0, "tex": 2000.0}
-    params = {k: torch.full((1,), v, dtype=torch.float64) for k, v in truth.items()}
-    result = fit(model, model.signal(params).numpy(), sigma=1e-3)
-    assert np.isnan(result.std["tex"]).all()
-    assert np.isnan(result.std["rn"]).all()
-    assert np.isfinite(result.std["fn"]).all()

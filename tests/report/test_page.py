@@ -172,6 +172,7 @@ def test_roi_table_holds_the_numbers_of_the_file(dataset, tree):
         "median",
         "n",
         "coverage",
+        "at a bound",
     ]
     row = next(table.find("tbody").iter("tr"))
     cells = list(row)

@@ -106,6 +106,7 @@ def test_roi_table(full):
     rows = table(path)
     of_rate = {r["name"]: r for r in rows if r["param"] == "R2star"}
     assert {r["unit"] for r in of_rate.values()} == {"1/s"}
+    assert float(of_rate["Left-Front"]["at_bound"]) == 0
     assert of_rate["Left-Front"]["hemi"] == "L"
     assert of_rate["Nowhere"]["mean"] == "n/a"
     assert int(of_rate["Nowhere"]["n_voxels"]) == 0
