@@ -71,23 +71,25 @@ def overall(rows, parameter):
     return np.average([c for c, _ in kept], weights=[n for _, n in kept])
 
 
-def test_relaxometry_intervals_cover_the_truth(tmp_path, capsys):
+def test_relaxometry_intervals_cover_the_truth(tmp_path, capsys, bids_errors):
     truth, out = fit(tmp_path, "r2star,despot1", contrasts=["megre", "vfa"], snr=50)
     tables = {m: coverage_table(truth, out, m, p) for m, p in RELAXOMETRY.items()}
     with capsys.disabled():
         for model, rows in tables.items():
             show(model, rows)
+    assert bids_errors(out.parent) == []
     for model, rows in tables.items():
         for parameter in RELAXOMETRY[model]:
             assert 0.93 <= overall(rows, parameter) <= 0.97, (model, parameter)
 
 
 @pytest.mark.parametrize("model", list(DIFFUSION))
-def test_diffusion_bias_and_coverage_are_known(tmp_path, capsys, model):
+def test_diffusion_bias_and_coverage_are_known(tmp_path, capsys, bids_errors, model):
     truth, out = fit(tmp_path, model, contrasts=["dwi"], snr=50, dwi_model=model)
     rows = coverage_table(truth, out, model, DIFFUSION[model])
     with capsys.disabled():
         show(model, rows)
+    assert bids_errors(out.parent) == []
     by = {(name, parameter): (bias, covered) for name, parameter, bias, covered, _, _ in rows}
     assert abs(by["White matter", "fn"][0]) < 0.06
     assert abs(by["Cerebral cortex", "fn"][0]) < 0.06

@@ -126,7 +126,12 @@ def acquisition(series: Series, model: Any) -> list[dict[str, Any]]:
         if series.b1_map is not None:
             b1 = series.b1_map
             found.append(
-                {"name": "B1 factor", "unit": "1", "values": [b1.factor], "sources": [b1.source]}
+                {
+                    "name": "B1 map, multiplied by",
+                    "unit": "1",
+                    "values": [b1.factor],
+                    "sources": [b1.source],
+                }
             )
         return found
     columns = model.scheme.columns()

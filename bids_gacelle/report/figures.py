@@ -522,7 +522,7 @@ def draw_example(
     names = [str(g) for g in plot.get("groups") or [""] * x.size]
     groups = list(dict.fromkeys(names))
     figure = new_figure(width, height, density, "white")
-    left, across = 58 / width, 1 - 70 / width
+    left, across = 76 / width, 1 - 88 / width
     lower, split = 44 / height, 116 / height
     residual_axes = _plain_axes(figure, (left, lower, across, split - lower))
     axes = _plain_axes(figure, (left, split + 14 / height, across, 1 - split - 28 / height))
