@@ -1,7 +1,7 @@
 """Masks, grids, motion and regions of interest."""
 
 from bids_gacelle.spatial.grids import describe_grid, load_volumes, resample_to, same_grid
-from bids_gacelle.spatial.masks import load_mask, quick_mask, usable_voxels
+from bids_gacelle.spatial.masks import load_mask, quick_mask
 from bids_gacelle.spatial.motion import Displacement, displacement
 from bids_gacelle.spatial.rois import read_lookup, roi_statistics
 
@@ -16,5 +16,4 @@ __all__ = [
     "resample_to",
     "roi_statistics",
     "same_grid",
-    "usable_voxels",
 ]

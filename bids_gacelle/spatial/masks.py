@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import numpy.typing as npt
 from nibabel.spatialimages import SpatialImage
@@ -55,16 +53,6 @@ def quick_mask(volume: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
     if difference < np.log(_AIR_RATIO):
         return _clean(inside) & inside
     return _clean(inside & (logarithm > threshold)) & inside
-
-
-def usable_voxels(
-    mask: npt.NDArray[np.bool_], volumes: Iterable[npt.NDArray[np.floating]]
-) -> npt.NDArray[np.bool_]:
-    """Voxels of the mask (x, y, z) where every volume (x, y, z) is finite and positive."""
-    usable = mask.copy()
-    for volume in volumes:
-        usable &= np.isfinite(volume) & (volume > 0)
-    return usable
 
 
 def load_mask(path: str, reference: SpatialImage) -> npt.NDArray[np.bool_]:

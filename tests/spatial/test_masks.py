@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bids_gacelle.errors import InputError
-from bids_gacelle.spatial import load_mask, quick_mask, usable_voxels
+from bids_gacelle.spatial import load_mask, quick_mask
 from bids_gacelle.spatial.masks import _otsu
 
 
@@ -77,14 +77,6 @@ def test_unusable_voxels_stay_out():
     assert mask[20, 20, 18]
     with pytest.raises(InputError, match="--mask"):
         quick_mask(np.zeros((5, 5, 5)))
-
-
-def test_usable_voxels():
-    a = np.full((4, 1, 1), 1.0)
-    b = np.array([1.0, 0.0, np.nan, 3.0]).reshape(4, 1, 1)
-    mask = np.array([True, True, True, False]).reshape(4, 1, 1)
-    np.testing.assert_array_equal(usable_voxels(mask, [a, b]).ravel(), [1, 0, 0, 0])
-    assert mask.sum() == 3
 
 
 def _data(path):
