@@ -25,17 +25,16 @@ from bids_gacelle.engine.objective import (
     describe_prior,
     make_objective,
 )
+from bids_gacelle.engine.physics import rician
 from bids_gacelle.engine.result import FitResult, Maps
 from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver
 from bids_gacelle.engine.study import Block, Study
-from bids_gacelle.engine.uncertainty import assess
+from bids_gacelle.engine.uncertainty import Assessor
 
 _PRECISIONS = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-# Double-precision temporaries of an assessment take some 20 kB a voxel.
-_JUDGED_AT_ONCE = 4096
 # Half widths of 95 % intervals in standard deviations, where 1.96 is far too small.
 _STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18}
 
@@ -50,6 +49,7 @@ def fit(
     sigma: float | ArrayLike | Tensor | None = None,
     scale_sigma: ArrayLike | Tensor | None = None,
     scale_group: ArrayLike | None = None,
+    weights: ArrayLike | Tensor | None = None,
     inputs: Mapping[str, ArrayLike | Tensor] | None = None,
     solver: str = "lm",
     noise: str = "gaussian",
@@ -82,14 +82,23 @@ def fit(
         share, such as the b = 0 signal they were divided by, and the (measurements,) group of
         each, counted from 0. It widens the standard deviations of the maps; weights and estimates
         do not depend on it.
+    weights
+        Factors of the loss, (measurements,), (*grid) or (measurements, *grid), not negative; 0
+        leaves a measurement out. They say nothing about noise (that is `sigma`): the standard
+        deviations are those of the weighted estimate.
     inputs
         Voxel inputs of the model, (*grid) each; those left out take the model's default.
     solver
         "lm" (least squares, or maximum a posteriori with a prior) or "linear" (closed form).
-    noise, loss
-        "gaussian", "l2".
+    noise
+        "gaussian", or "rician" for magnitudes: the exact likelihood of single ones; of averages
+        over `model.averages` magnitudes the mean and variance. `sigma` is then that of the
+        measurements far above the noise, the one of an average over n being sigma/sqrt(n).
+    loss
+        "l2", "l1" or "huber", the last two in units of the noise.
     prior
-        None, "weak", or {name: (mean, sd)} in the solver's coordinate (see `Parameter`).
+        None, "weak", or {name: (mean, sd)} in the solver's coordinate (see `Parameter`), each a
+        number or a map (*grid).
     device
         "auto" (a working GPU, else the CPU), "cpu", "cuda" or "cuda:0".
     precision
@@ -122,7 +131,8 @@ def fit(
     are fitted.
     """
     began = time.perf_counter()
-    objective = make_objective(model, noise, loss, prior)
+    grid = tuple(np.shape(data)[1:])
+    objective = make_objective(model, noise, loss, prior, grid)
     run = get_solver(solver)
     place = resolve_device(device)
     if precision not in _PRECISIONS:
@@ -136,14 +146,16 @@ def fit(
         sigma=sigma,
         scale_sigma=scale_sigma,
         scale_group=scale_group,
+        weights=weights,
+        prior=objective.prior,
         inputs=inputs,
     )
-    if objective.prior is not None and study.sigma is None and study.degrees < 1:
+    if objective.needs_noise and study.sigma is None and study.degrees < 1:
         raise EngineError(
-            f"A prior needs the noise level, but {model.name} has as many parameters as there are "
-            "measurements: give sigma."
+            f"This prior, noise or loss needs the noise level, but {model.name} has as many "
+            "parameters as there are measurements: give sigma."
         )
-    tuning = _tune(model.starts if starts is None else starts, seed, options)
+    tuning = _tune(run.settings, model.starts if starts is None else starts, seed, options)
     tuning = replace(tuning, compiled=compile_wanted(model, study.n * tuning.starts, place))
     fitter = _Fitter(model, objective, run, _PRECISIONS[precision], place, tuning)
     maps = Maps(model, study.n)
@@ -209,15 +221,21 @@ class _Fitter:
         device: torch.device,
         settings: Settings,
     ) -> None:
+        def kernel(objective: Objective) -> Kernel:
+            return Kernel(model, objective, dtype, device)
+
         self.model, self.solver, self.device, self.settings = model, solver, device, settings
-        self.kernel = Kernel(model, objective, dtype, device)
+        *earlier, last = (kernel(stage) for stage in objective.stages())
+        self.earlier, self.kernel = tuple(earlier), last
         self.exact = Kernel(model, objective, torch.float64, device)
-        self.plain = Kernel(model, replace(objective, prior=None), dtype, device)
+        self.plain = kernel(objective.plain())
+        self.assessor = Assessor(self.exact, compiled=settings.compiled)
 
     @property
     def compiled(self) -> bool:
         """Whether compiled code was run."""
-        return any(kernel.runs_compiled for kernel in (self.kernel, self.plain))
+        kernels = (*self.earlier, self.kernel, self.plain)
+        return any(kernel.runs_compiled for kernel in kernels)
 
     def fit(
         self, study: Study, maps: Maps, block_size: int | None, progress: Progress | None
@@ -245,41 +263,69 @@ class _Fitter:
     def _fit_block(
         self, block: Block, begin: int, maps: Maps, report: Callable[[float], None]
     ) -> None:
-        exact = block.voxels
-        if self.kernel.objective.prior is not None and exact.noise_variance is None:
-            exact = exact._replace(noise_variance=self._residual_variance(exact))
-        voxels = exact.map(lambda tensor: tensor.to(self.kernel.dtype))
-        problem = Problem(self.kernel, voxels, self.exact, exact, self.settings, report)
-        solution = self.solver(problem)
+        exact = self._with_noise(block)
+        solution = self.solver.solve(self._problem(self.kernel, exact, report))
         solution = replace(solution, position=solution.position.double())
-        n = exact.data.shape[-1]
-        for start in range(0, n, _JUDGED_AT_ONCE):
-            part = slice(start, min(start + _JUDGED_AT_ONCE, n))
-            ended = solution.take(part)
-            shared = None if block.shared is None else block.shared.take(part)
-            verdict = assess(self.exact, exact.take(part), ended, shared)
-            where = begin + np.flatnonzero(block.usable)[part]
-            maps.store(where, block.scale[part], self.exact, ended, verdict)
+        where = begin + np.flatnonzero(block.usable)
+        for part, ended, verdict in self.assessor.assess(exact, solution, block.shared):
+            maps.store(where[part], block.scale[part], self.exact, ended, verdict)
+
+    def _problem(
+        self, kernel: Kernel, exact: Voxels, report: Callable[[float], None] = lambda share: None
+    ) -> Problem:
+        voxels = exact.map(lambda tensor: tensor.to(kernel.dtype))
+        earlier = self.earlier if kernel is self.kernel else ()
+        return Problem(kernel, voxels, self.exact, exact, self.settings, report, earlier)
+
+    def _with_noise(self, block: Block) -> Voxels:
+        """Return the voxels with what the objective needs besides the data."""
+        exact = block.voxels
+        objective = self.kernel.objective
+        if objective.needs_noise and exact.noise_variance is None:
+            exact = exact._replace(noise_variance=self._residual_variance(exact))
+        if block.prior is not None:
+            assert exact.noise_variance is not None
+            mean, precision = block.prior
+            exact = exact._replace(target=mean, stiffness=precision * exact.noise_variance)
+        if self.kernel.averages is not None:
+            # Averages of magnitudes vary less near the noise floor than far above it.
+            averages = self.kernel.averages.double()
+            variance = exact.variance() * averages.clamp_min(1.0)
+            varies = rician.spread(rician.invert_mean(exact.data, variance), variance) / variance
+            varies = torch.where(averages > 0, varies, 1.0)
+            weight = 1 / varies if exact.weight is None else exact.weight / varies
+            exact = exact._replace(weight=weight)
+        return exact
 
     def _residual_variance(self, exact: Voxels) -> Tensor:
-        """Return the noise variance of each voxel from its fit without the prior."""
-        voxels = exact.map(lambda tensor: tensor.to(self.kernel.dtype))
-        problem = Problem(self.plain, voxels, self.exact, exact, self.settings)
-        position = self.solver(problem).position.double()
+        """Return the noise variance of each voxel from a plain least-squares fit.
+
+        With a loss that is there for outliers, from the median instead of the mean of squares.
+        """
+        position = self.solver.solve(self._problem(self.plain, exact)).position.double()
         plain = Kernel(self.model, self.plain.objective, torch.float64, self.device)
-        cost = plain.normal_equations(position, exact).cost
-        return 2 * cost / (len(exact.data) - len(position))
+        residual = plain.signal(position, exact.inputs) - exact.data
+        if exact.weight is not None:
+            residual = residual * exact.weight.sqrt()
+        m, degrees = len(residual), len(residual) - len(position)
+        if self.kernel.objective.loss == "l2":
+            return (residual**2).sum(0) / degrees
+        # 1.4826: from the median absolute deviation to the standard deviation of normal noise.
+        median = 1.4826 * residual.abs().quantile(0.5, dim=0)
+        return (median**2 * (m / degrees)).clamp_min(1e-12)
 
 
-def _tune(starts: int, seed: int, options: Mapping[str, Any] | None) -> Settings:
+def _tune(
+    kind: type[Settings], starts: int, seed: int, options: Mapping[str, Any] | None
+) -> Settings:
     """Return the checked settings of the solver."""
     if isinstance(starts, bool) or not isinstance(starts, Integral) or starts < 1:
         raise EngineError(f"starts must be a whole number and at least 1, got {starts!r}.")
-    known = {f.name for f in fields(Settings)} - {"starts", "seed", "compiled"}
+    known = {f.name for f in fields(kind)} - {"starts", "seed", "compiled"}
     unknown = sorted(set(options or {}) - known)
     if unknown:
         raise EngineError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
-    settings = Settings(starts=int(starts), seed=seed, **(options or {}))
+    settings = kind(starts=int(starts), seed=seed, **(options or {}))
     if settings.dictionary < starts:
         raise EngineError(
             f"A dictionary of {settings.dictionary} entries cannot give {starts} starts."

@@ -8,18 +8,22 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import SignalModel
-from bids_gacelle.engine.objective import Objective
+from bids_gacelle.engine.objective import Misfit, Objective
+from bids_gacelle.engine.physics import rician
 
 logger = logging.getLogger(__name__)
 
 COMPILE_VARIABLE = "BIDS_GACELLE_COMPILE"
+# Lets inductor compute a voxel's measurements inside the loop that sums over them.
+_said: set[str] = set()
+_OPTIONS: dict[str, Any] = {"loop_ordering_after_fusion": True}
 
 
 class Voxels(NamedTuple):
@@ -30,26 +34,30 @@ class Voxels(NamedTuple):
     data
         (measurements, voxels).
     weight
-        (measurements, voxels), mean 1 in every voxel, or None for equal weights.
+        (measurements, voxels) inverse noise variance, mean 1 in every voxel; None: equal.
     noise_variance
         (voxels,) variance of a measurement of weight 1, in the units of `data`; None: unknown.
+    emphasis
+        (measurements, voxels) factors of the loss that say nothing about noise, or None.
+    target, stiffness
+        (parameters, voxels) where quadratic terms pull each solver coordinate, and how strongly,
+        in squared units of the data; None: nowhere.
     inputs
         Voxel inputs of the model, each (voxels,).
     """
 
     data: Tensor
-    weight: Tensor | None
-    noise_variance: Tensor | None
-    inputs: dict[str, Tensor]
+    weight: Tensor | None = None
+    noise_variance: Tensor | None = None
+    emphasis: Tensor | None = None
+    target: Tensor | None = None
+    stiffness: Tensor | None = None
+    inputs: dict[str, Tensor] = {}  # noqa: RUF012
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Voxels:
         """Apply a function to every tensor."""
-        return Voxels(
-            change(self.data),
-            None if self.weight is None else change(self.weight),
-            None if self.noise_variance is None else change(self.noise_variance),
-            {name: change(value) for name, value in self.inputs.items()},
-        )
+        fixed = [None if t is None else change(t) for t in self[:-1]]
+        return Voxels(*fixed, {name: change(value) for name, value in self.inputs.items()})  # type: ignore[arg-type]
 
     def take(self, index: Tensor | slice) -> Voxels:
         """Return the voxels at `index`."""
@@ -57,8 +65,20 @@ class Voxels(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in a fixed order."""
-        fixed = [t for t in (self.data, self.weight, self.noise_variance) if t is not None]
-        return fixed + list(self.inputs.values())
+        return [t for t in self[:-1] if t is not None] + list(self.inputs.values())
+
+    def loss_weight(self) -> Tensor | None:
+        """Return what multiplies the loss of each measurement; None: 1."""
+        if self.weight is None or self.emphasis is None:
+            return self.emphasis if self.weight is None else self.weight
+        return self.weight * self.emphasis
+
+    def variance(self) -> Tensor:
+        """Return the noise variance of each measurement, (measurements or 1, voxels)."""
+        assert self.noise_variance is not None
+        if self.weight is None:
+            return self.noise_variance[None]
+        return self.noise_variance / self.weight.clamp_min(1e-12)
 
 
 class SharedFactor(NamedTuple):
@@ -81,11 +101,24 @@ class SharedFactor(NamedTuple):
 
 
 class NormalEquations(NamedTuple):
-    """Cost, gradient and Gauss-Newton Hessian: (voxels,), (P, voxels), (P, P, voxels)."""
+    """Cost (voxels,), gradient (P, voxels), and Gauss-Newton Hessian in `packed` order."""
 
     cost: Tensor
     gradient: Tensor
     hessian: Tensor
+
+
+def packed(n: int) -> list[tuple[int, int]]:
+    """Return the order in which a symmetric n x n matrix is kept: its upper triangle by rows."""
+    return [(i, j) for i in range(n) for j in range(i, n)]
+
+
+def unpack(triangle: Tensor) -> Tensor:
+    """Return the full matrix (P, P, voxels) of a packed one."""
+    n = int((2 * len(triangle)) ** 0.5)
+    position = {pair: k for k, pair in enumerate(packed(n))}
+    index = [position[min(i, j), max(i, j)] for i in range(n) for j in range(n)]
+    return triangle[index].reshape(n, n, *triangle.shape[1:])
 
 
 class Kernel:
@@ -132,15 +165,31 @@ class Kernel:
         ]
         self.box = tuple(coordinates)
         self.width = self._column([high - low for low, high in coordinates])
-        prior = objective.prior
-        self._mean = None if prior is None else self._column(prior.mean.tolist())
-        self._precision = None if prior is None else self._column(prior.precision.tolist())
-        self.lm_step: Callable[..., tuple[Tensor, ...]] | None = None
+        self.averages = self._averages()
+        self.compiled: dict[str, Compiled] = {}
+
+    def _averages(self) -> Tensor | None:
+        """Return how many magnitudes each measurement averages, (measurements, 1).
+
+        None for Gaussian noise, and for single magnitudes whose exact likelihood is used.
+        """
+        if self.objective.noise != "rician":
+            return None
+        averages = self.model.averages
+        if self.objective.loss == "l2" and (averages == 1).all():
+            return None
+        return self._column(averages.tolist())
 
     @property
     def runs_compiled(self) -> bool:
-        """Whether a step of this kernel was compiled and works."""
-        return isinstance(self.lm_step, Compiled) and self.lm_step.works
+        """Whether any function of this kernel was compiled and works."""
+        return any(function.works for function in self.compiled.values())
+
+    def compile(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function compiled; made once under this name for all blocks of a fit."""
+        if name not in self.compiled:
+            self.compiled[name] = Compiled(function)
+        return self.compiled[name]
 
     def _column(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=self.dtype, device=self.device)[:, None]
@@ -177,34 +226,60 @@ class Kernel:
                 columns[i] = columns[i] * params[name]
         return signal, columns
 
-    def normal_equations(self, position: Tensor, voxels: Voxels) -> NormalEquations:
-        """Return half the weighted sum of squares (plus prior) and its derivatives.
+    def expected(self, position: Tensor, voxels: Voxels) -> tuple[Tensor, list[Tensor]]:
+        """Return what measurements are expected, and derivatives; as `signal_and_jacobian`.
 
-        The unit of the cost is that of the squared normalised data: the prior is multiplied by the
-        noise variance instead of the data term being divided by it.
+        That is the signal or, where magnitudes are averaged, the mean of their Rice distribution.
         """
         signal, columns = self.signal_and_jacobian(position, voxels.inputs)
-        residual = signal - voxels.data
-        weighted = residual if voxels.weight is None else residual * voxels.weight
-        cost = 0.5 * (weighted * residual).sum(0)
-        gradient = torch.stack([(column * weighted).sum(0) for column in columns])
-        n = len(columns)
-        upper: dict[tuple[int, int], Tensor] = {}
-        for i in range(n):
-            row = columns[i] if voxels.weight is None else columns[i] * voxels.weight
-            for j in range(i, n):
-                upper[i, j] = (row * columns[j]).sum(0)
-        hessian = torch.stack(
-            [torch.stack([upper[min(i, j), max(i, j)] for j in range(n)]) for i in range(n)]
-        )
-        if self._mean is not None and self._precision is not None:
-            assert voxels.noise_variance is not None
-            precision = self._precision * voxels.noise_variance
-            offset = position - self._mean
-            cost = cost + 0.5 * (precision * offset**2).sum(0)
-            gradient = gradient + precision * offset
-            hessian = hessian + torch.diag_embed(precision.T).permute(1, 2, 0)
-        return NormalEquations(cost, gradient, hessian)
+        if self.averages is None:
+            return signal, columns
+        # The variance of a measurement is that of the average; a count of 0 is no magnitude.
+        variance = voxels.variance() * self.averages.clamp_min(1.0)
+        mean, slope = rician.mean(signal, variance)
+        is_magnitude = self.averages > 0
+        slope = torch.where(is_magnitude, slope, 1.0)
+        return torch.where(is_magnitude, mean, signal), [c * slope for c in columns]
+
+    def misfit(self, expected: Tensor, voxels: Voxels) -> Misfit:
+        """Return the loss of each measurement, without weights."""
+        objective = self.objective
+        if objective.noise == "rician" and self.averages is None:
+            return Misfit(*rician.likelihood(expected, voxels.data, voxels.variance()))
+        sd = None if objective.loss == "l2" else voxels.variance().sqrt()
+        return objective.misfit(expected - voxels.data, sd)
+
+    def sums(self, position: Tensor, voxels: Voxels) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return cost, gradient and packed Hessian, the last two as lists of (voxels,).
+
+        The unit of the cost is that of the squared normalised data: a prior is multiplied by the
+        noise variance instead of the data term being divided by it.
+        """
+        expected, columns = self.expected(position, voxels)
+        cost, slope, curvature = self.misfit(expected, voxels)
+        weight = voxels.loss_weight()
+        if weight is not None:
+            cost, slope = cost * weight, slope * weight
+            curvature = weight if curvature is None else curvature * weight
+        rows = columns if curvature is None else [column * curvature for column in columns]
+        total = cost.sum(0)
+        gradient = [(column * slope).sum(0) for column in columns]
+        pairs = packed(len(columns))
+        hessian = [(rows[i] * columns[j]).sum(0) for i, j in pairs]
+        if voxels.target is not None:
+            assert voxels.stiffness is not None
+            for i, stiffness in enumerate(voxels.stiffness.unbind(0)):
+                offset = position[i] - voxels.target[i]
+                total = total + 0.5 * stiffness * offset**2
+                gradient[i] = gradient[i] + stiffness * offset
+                diagonal = pairs.index((i, i))
+                hessian[diagonal] = hessian[diagonal] + stiffness
+        return total, gradient, hessian
+
+    def normal_equations(self, position: Tensor, voxels: Voxels) -> NormalEquations:
+        """Return cost, gradient and packed Hessian as tensors; see `sums`."""
+        cost, gradient, hessian = self.sums(position, voxels)
+        return NormalEquations(cost, torch.stack(gradient), torch.stack(hessian))
 
 
 def compile_wanted(model: SignalModel, fits: int, device: torch.device) -> bool:
@@ -246,30 +321,33 @@ class Compiled:
         A pure function of tensors whose shapes do not change.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._call: Callable[..., tuple[Tensor, ...]] | None = None
+        self._call: Callable[..., Any] | None = None
         self.works = False
 
-    def __call__(self, *args: object) -> tuple[Tensor, ...]:
+    def __call__(self, *args: object) -> Any:
         """Call the compiled function, or the eager one after a failed compilation."""
         if self._call is None:
             return self._first_call(*args)
         return self._call(*args)
 
-    def _first_call(self, *args: object) -> tuple[Tensor, ...]:
+    def _first_call(self, *args: object) -> Any:
         try:
             # What torch's own passes warn about concerns nobody here.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compiled = torch.compile(self._function, dynamic=False)
+                compiled = torch.compile(self._function, dynamic=False, options=_OPTIONS)
                 result = compiled(*args)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
             # Any failure of the tool chain (no compiler, no headers, no space for the cache) may
             # only cost speed; a real error of the function comes again in eager mode.
-            logger.warning("Compilation failed, continuing without: %s", _first_line(error))
+            line = _first_line(error)
+            if line not in _said:  # several functions of one fit fail for one reason
+                logger.warning("Compilation failed, continuing without: %s", line)
+                _said.add(line)
             self._call = self._function
             return self._function(*args)
         self._call, self.works = compiled, True

@@ -108,7 +108,7 @@ def _guess(kernel: Kernel, voxels: Voxels) -> Tensor | None:
 def _misfit(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Tensor:
     """Return sums of squares up to a constant of each voxel, (entries, voxels)."""
     signal = dictionary.signal.T
-    weight = voxels.weight
+    weight = voxels.loss_weight()
     if weight is None:
         product = signal @ voxels.data
         power = (signal * signal).sum(1)[:, None]
@@ -127,7 +127,8 @@ def _project_amplitude(kernel: Kernel, position: Tensor, voxels: Voxels) -> Tens
     position = position.clone()
     position[kernel.amplitude] = 1
     signal = kernel.signal(position, voxels.inputs)
-    weighted = signal if voxels.weight is None else signal * voxels.weight
+    weight = voxels.loss_weight()
+    weighted = signal if weight is None else signal * weight
     best = (weighted * voxels.data).sum(0) / (weighted * signal).sum(0)
     position[kernel.amplitude] = best.nan_to_num(nan=1.0, posinf=1.0).clamp_min(1e-3)
     return position

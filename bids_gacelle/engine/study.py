@@ -13,6 +13,7 @@ from torch import Tensor
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import SharedFactor, Voxels
 from bids_gacelle.engine.models.base import SignalModel
+from bids_gacelle.engine.objective import Prior
 
 Array = NDArray[np.generic]
 
@@ -25,6 +26,9 @@ class Block:
     ----------
     voxels
         Data, weights, noise variance and inputs; data divided by `scale`.
+    prior
+        Mean and precision of the prior in solver coordinates, each (parameters, usable voxels), or
+        None.
     scale
         (usable voxels,) what the data were divided by; 1 for models without an amplitude.
     shared
@@ -34,6 +38,7 @@ class Block:
     """
 
     voxels: Voxels
+    prior: tuple[Tensor, Tensor] | None
     shared: SharedFactor | None
     scale: Tensor
     usable: NDArray[np.bool_]
@@ -44,8 +49,10 @@ class Study:
 
     Parameters
     ----------
-    model, data, mask, sigma, scale_sigma, scale_group, inputs
+    model, data, mask, sigma, scale_sigma, scale_group, weights, inputs
         As in `fit`.
+    prior
+        Numbers or maps, as `make_objective` returns them.
 
     Attributes
     ----------
@@ -59,7 +66,7 @@ class Study:
     Raises
     ------
     EngineError
-        A shape does not match, the data are complex, the mask is empty, sigma is not positive,
+        A shape does not match, the data are complex, sigma is not positive, a weight is negative,
         only one of `scale_sigma` and `scale_group` is given or they do not match, or the model
         has no such input.
     """
@@ -73,6 +80,8 @@ class Study:
         sigma: float | ArrayLike | Tensor | None = None,
         scale_sigma: ArrayLike | Tensor | None = None,
         scale_group: ArrayLike | None = None,
+        weights: ArrayLike | Tensor | None = None,
+        prior: Prior | None = None,
         inputs: Mapping[str, ArrayLike | Tensor] | None = None,
     ) -> None:
         array = _host(data)
@@ -91,10 +100,11 @@ class Study:
         self._require("mask", chosen.shape)
         self.index = np.flatnonzero(chosen)
         self.n = len(self.index)
-        if self.n == 0:
-            raise EngineError("The mask holds no voxel: there is nothing to fit.")
         self.sigma = None if sigma is None else self._read_sigma(sigma)
         self.shared = self._read_scale(scale_sigma, scale_group)
+        self._emphasis = None if weights is None else self._read_weights(weights)
+        self._prior = prior
+        self._names = model.parameter_names
         self.inputs: dict[str, Array] = {}
         for name, value in (inputs or {}).items():
             if name not in model.voxel_inputs:
@@ -123,6 +133,25 @@ class Study:
             )
         if not (np.isfinite(array) and array > 0):  # type: ignore[operator]
             raise EngineError(f"sigma is {array}; it must be a positive number.")
+        return array
+
+    def _read_weights(self, weights: ArrayLike | Tensor) -> Array:
+        """Return weights as (measurements, 1 or voxels)."""
+        array = _host(weights)
+        if array.shape == (self.n_measurements,):
+            array = array[:, None]
+        elif array.shape == self.grid:
+            array = np.broadcast_to(array.reshape(1, -1), self._data.shape)
+        elif array.shape == (self.n_measurements, *self.grid):
+            array = array.reshape(self.n_measurements, -1)
+        else:
+            raise EngineError(
+                f"weights have shape {array.shape}; they must be {(self.n_measurements,)}, "
+                f"{self.grid} or {(self.n_measurements, *self.grid)}."
+            )
+        array = array.astype(np.float64)
+        if not (np.isfinite(array) & (array >= 0)).all():
+            raise EngineError("weights hold a value that is negative or not finite.")
         return array
 
     def _read_scale(
@@ -171,24 +200,63 @@ class Study:
         common = None if self.shared is None else self.shared[0][:, index].astype(np.float64)
         if common is not None:
             usable &= (np.isfinite(common) & (common >= 0)).all(0)
+        emphasis = self._block_emphasis(index)
+        if emphasis is not None:
+            usable &= emphasis.any(0)
         data = data[:, usable]
         has_amplitude = any(p.amplitude for p in model.parameters)
         scale = np.abs(data).max(0) if has_amplitude else np.ones(data.shape[1])
         weight, variance = None, None
         if sigma is not None:
             weight, variance = _weigh(sigma[..., usable] / scale)
-        as_tensor = lambda a: torch.as_tensor(a, dtype=torch.float64, device=device)  # noqa: E731
+
+        def tensor(array: Array) -> Tensor:
+            return torch.as_tensor(array, dtype=torch.float64, device=device)
+
         voxels = Voxels(
-            data=as_tensor(data / scale),
-            weight=None if weight is None else as_tensor(weight),
-            noise_variance=None if variance is None else as_tensor(variance),
-            inputs={name: as_tensor(value[usable]) for name, value in inputs.items()},
+            data=tensor(data / scale),
+            weight=None if weight is None else tensor(weight),
+            noise_variance=None if variance is None else tensor(variance),
+            emphasis=None if emphasis is None else tensor(emphasis[:, usable]),
+            inputs={name: tensor(value[usable]) for name, value in inputs.items()},
         )
+        prior = self._block_prior(index[usable])
         shared = None
         if self.shared is not None and common is not None:
             group = torch.as_tensor(self.shared[1], device=device)
-            shared = SharedFactor(as_tensor(common[:, usable]), group)
-        return Block(voxels, shared, as_tensor(scale), usable)
+            shared = SharedFactor(tensor(common[:, usable]), group)
+        return Block(
+            voxels,
+            None if prior is None else (tensor(prior[0]), tensor(prior[1])),
+            shared,
+            tensor(scale),
+            usable,
+        )
+
+    def _block_emphasis(self, index: NDArray[np.intp]) -> NDArray[np.float64] | None:
+        """Return the weights of some voxels, (measurements, voxels)."""
+        if self._emphasis is None:
+            return None
+        columns = index if self._emphasis.shape[1] > 1 else np.zeros_like(index)
+        return self._emphasis[:, columns].astype(np.float64)
+
+    def _block_prior(
+        self, index: NDArray[np.intp]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Return mean and precision of the prior of some voxels, (parameters, voxels) each."""
+        if self._prior is None:
+            return None
+        mean, precision = np.zeros((2, len(self._names), len(index)))
+        for i, name in enumerate(self._names):
+            if name in self._prior.mean:
+                centre, sd = (
+                    a.reshape(-1)[index] if a.ndim else np.full(len(index), a)
+                    for a in (self._prior.mean[name], self._prior.sd[name])
+                )
+                there = np.isfinite(centre) & np.isfinite(sd) & (sd > 0)
+                mean[i], precision[i] = centre, np.where(there, sd, np.inf) ** -2.0
+                mean[i][~there] = 0
+        return mean, precision
 
     def _block_sigma(self, index: NDArray[np.intp]) -> NDArray[np.float64] | None:
         """Return sigma of some voxels, (voxels,) or (measurements, voxels)."""

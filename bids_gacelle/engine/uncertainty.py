@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bids_gacelle.engine.derivatives import voxelwise_gradients
-from bids_gacelle.engine.kernels import Kernel, SharedFactor, Voxels
+from bids_gacelle.engine.kernels import Kernel, SharedFactor, Voxels, packed, unpack
+from bids_gacelle.engine.objective import LOSS_VARIANCE
+from bids_gacelle.engine.physics import rician
 from bids_gacelle.engine.solvers.base import Solution
 
 # An end of another start counts as a minimum of its own when its chi-square is within this ...
 RIVAL_DEPTH = 1.0
 # ... although the curvature at the best end predicts that it lies this much higher.
 RIVAL_RISE = 9.0
+
+
+# Voxels assessed at once: tensors of double precision that stay in a processor's cache.
+_AT_ONCE = 1024
 
 
 class Assessment(NamedTuple):
@@ -40,39 +47,169 @@ class Assessment(NamedTuple):
     rivals: Tensor
 
 
-def assess(
-    kernel: Kernel, voxels: Voxels, solution: Solution, shared: SharedFactor | None = None
-) -> Assessment:
-    """Judge a solution; `kernel`, `voxels` and `shared` are in double precision."""
-    position = solution.position
-    at_bound = _at_bound(kernel, position)
-    free = ~at_bound
-    residual = kernel.signal(position, voxels.inputs) - voxels.data
-    weighted = residual if voxels.weight is None else residual * voxels.weight
-    variance = voxels.noise_variance
-    if variance is None:
-        degrees = len(residual) - free.sum(0)
-        variance = (weighted * residual).sum(0) / torch.where(degrees > 0, degrees, torch.nan)
-    known = voxels._replace(noise_variance=variance)
-    hessian = kernel.normal_equations(position, known).hessian
-    inverse = _inverse(hessian, free)
-    if solution.slopes is None:
-        covariance = variance * inverse
-    else:
-        covariance = variance * _propagated(solution.slopes, voxels)
-    if shared is not None:
-        signal, columns = kernel.signal_and_jacobian(position, voxels.inputs)
-        slopes = solution.slopes
-        if slopes is None:
-            slopes = _slopes(inverse, torch.stack(columns), voxels)
-        covariance = covariance + _shared_covariance(shared, slopes, signal)
-    return Assessment(
-        squares=(residual**2).mean(0),
-        power=(voxels.data**2).mean(0),
-        at_bound=at_bound,
-        covariance=covariance,
-        rivals=_rivals(hessian, variance, solution),
-    )
+class Moments(NamedTuple):
+    """Sums over the measurements of a voxel that its covariance is made of.
+
+    Attributes
+    ----------
+    squares, weighted, power
+        (voxels,) mean squared residual, sum of squares weighted by inverse variance, mean squared
+        data.
+    information
+        (packed, voxels) what the estimate minimises, curvature at the expected data.
+    noise
+        (packed, voxels) covariance of its gradient at unit noise variance. It equals the
+        information unless measurements are emphasised.
+    shared
+        (groups, parameters, voxels) gradient that a relative change of the signals of a group
+        makes; no groups where no noise is shared.
+    """
+
+    squares: Tensor
+    weighted: Tensor
+    power: Tensor
+    information: Tensor
+    noise: Tensor
+    shared: Tensor
+
+
+class Assessor:
+    """Judges solutions of one model in double precision, compiled when asked for."""
+
+    def __init__(self, kernel: Kernel, *, compiled: bool) -> None:
+        self.kernel = kernel
+        self._moments = kernel.compile("moments", self.moments) if compiled else self.moments
+
+    def assess(
+        self, voxels: Voxels, solution: Solution, shared: SharedFactor | None = None
+    ) -> Iterator[tuple[slice, Solution, Assessment]]:
+        """Yield slices of the voxels with their solution and assessment, in double precision."""
+        n = voxels.data.shape[-1]
+        for begin in range(0, n, _AT_ONCE):
+            count = min(_AT_ONCE, n - begin)
+            index = torch.arange(begin, begin + _AT_ONCE, device=voxels.data.device)
+            part = index.clamp_max(n - 1)  # a compiled function is bound to its shapes
+            where = slice(begin, begin + count)
+            common = None if shared is None else shared.take(where)
+            ended = solution.take(where)
+            moments = self._moments(
+                solution.position[:, part], voxels.take(part), _membership(shared, voxels)
+            )
+            moments = Moments(*(m[..., :count] for m in moments))
+            yield where, ended, self._judge(voxels.take(where), ended, moments, common)
+
+    def moments(self, position: Tensor, voxels: Voxels, membership: Tensor) -> Moments:
+        """Return the sums over measurements; `membership` is (groups, measurements, 1)."""
+        kernel = self.kernel
+        expected, columns = kernel.expected(position, voxels)
+        residual = expected - voxels.data
+        squares = residual**2
+        weight = voxels.weight
+        information, noise = self._weights(expected, voxels)
+        pairs = packed(len(columns))
+
+        def gram(factor: Tensor | None) -> list[Tensor]:
+            rows = columns if factor is None else [c * factor for c in columns]
+            return [(rows[i] * columns[j]).sum(0) for i, j in pairs]
+
+        inner = gram(information)
+        middle = inner if noise is information else gram(noise)
+        if voxels.stiffness is not None:
+            pull = voxels.stiffness.unbind(0)
+            inner = [h + pull[i] if i == j else h for h, (i, j) in zip(inner, pairs, strict=True)]
+            middle = [
+                h + pull[i] if i == j else h for h, (i, j) in zip(middle, pairs, strict=True)
+            ]
+        moved = expected if information is None else expected * information
+        pulls = [
+            torch.stack([(column * (moved * member)).sum(0) for column in columns])
+            for member in membership.unbind(0)
+        ]
+        return Moments(
+            squares.mean(0),
+            (squares if weight is None else squares * weight).sum(0),
+            (voxels.data**2).mean(0),
+            torch.stack(inner),
+            torch.stack(middle),
+            torch.stack(pulls) if pulls else position.new_zeros(0, *position.shape),
+        )
+
+    def _weights(self, expected: Tensor, voxels: Voxels) -> tuple[Tensor | None, Tensor | None]:
+        """Return weights (measurements, voxels) of the information and of the gradient's noise."""
+        weight = voxels.weight
+        if self.kernel.objective.noise == "rician" and self.kernel.averages is None:
+            # What the mean of a magnitude tells of its signal: a little less than all.
+            variance = voxels.variance()
+            _, slope = rician.mean(expected, variance)
+            told = slope**2 * variance / rician.spread(expected, variance)
+            weight = told if weight is None else weight * told
+        if voxels.emphasis is None:
+            return weight, weight
+        stressed = voxels.emphasis if weight is None else voxels.emphasis * weight
+        return stressed, voxels.emphasis * stressed
+
+    def _judge(
+        self, voxels: Voxels, solution: Solution, moments: Moments, shared: SharedFactor | None
+    ) -> Assessment:
+        at_bound = _at_bound(self.kernel, solution.position)
+        free = ~at_bound
+        variance = voxels.noise_variance
+        if variance is None:
+            degrees = len(voxels.data) - free.sum(0)
+            variance = moments.weighted / torch.where(degrees > 0, degrees, torch.nan)
+        hessian = unpack(moments.information)
+        inverse = _inverse(hessian, free)
+        if solution.slopes is not None:
+            covariance = variance * _propagated(solution.slopes, voxels)
+        elif voxels.emphasis is None:
+            covariance = variance * inverse
+        else:
+            covariance = variance * _between(inverse, unpack(moments.noise))
+        covariance = covariance * LOSS_VARIANCE[self.kernel.objective.loss]
+        if shared is not None:
+            covariance = covariance + self._shared(shared, solution, voxels, inverse, moments)
+        return Assessment(
+            squares=moments.squares,
+            power=moments.power,
+            at_bound=at_bound,
+            covariance=covariance,
+            rivals=_rivals(hessian, variance, solution),
+        )
+
+    def _shared(
+        self,
+        shared: SharedFactor,
+        solution: Solution,
+        voxels: Voxels,
+        inverse: Tensor,
+        moments: Moments,
+    ) -> Tensor:
+        """Return what shared noise adds to the covariance (P, P, V), to first order.
+
+        A factor 1 + e of group g moves the estimate by e c_g, where c_g is the sum over the
+        measurements of the group of slope (derivative of the estimate by the data) times signal.
+        """
+        if solution.slopes is None:
+            shifts = torch.einsum("pqv,gqv->gpv", inverse, moments.shared)
+        else:
+            moved = solution.slopes * self.kernel.signal(solution.position, voxels.inputs)
+            groups = range(len(shared.sigma))
+            shifts = torch.stack([moved[:, shared.group == g].sum(1) for g in groups])
+        shifts = shifts * shared.sigma[:, None]
+        return torch.einsum("gpv,gqv->pqv", shifts, shifts)
+
+
+def _membership(shared: SharedFactor | None, voxels: Voxels) -> Tensor:
+    """Return (groups, measurements, 1), 1 where a measurement belongs to a group."""
+    if shared is None:
+        return voxels.data.new_zeros(0, len(voxels.data), 1)
+    groups = torch.arange(len(shared.sigma), device=shared.group.device)
+    return (shared.group == groups[:, None]).to(voxels.data.dtype)[..., None]
+
+
+def _between(inverse: Tensor, middle: Tensor) -> Tensor:
+    """Return inverse x middle x inverse of (P, P, V) matrices."""
+    return torch.einsum("pqv,qrv,rsv->psv", inverse, middle, inverse)
 
 
 def _at_bound(kernel: Kernel, position: Tensor) -> Tensor:
@@ -97,30 +234,10 @@ def _inverse(hessian: Tensor, free: Tensor) -> Tensor:
     return torch.where((usable & (info == 0))[:, None, None], inverse, torch.nan).permute(1, 2, 0)
 
 
-def _slopes(inverse: Tensor, jacobian: Tensor, voxels: Voxels) -> Tensor:
-    """Return H^-1 J^T W, derivatives (P, M, V) of a least-squares estimate by the data."""
-    weighted = jacobian if voxels.weight is None else jacobian * voxels.weight
-    return torch.einsum("pqv,qmv->pmv", inverse, weighted)
-
-
 def _propagated(slopes: Tensor, voxels: Voxels) -> Tensor:
     """Return the covariance (P, P, V) that noise of unit variance at weight 1 leads to."""
     scaled = slopes if voxels.weight is None else slopes / voxels.weight.sqrt()
     return (scaled[:, None] * scaled).sum(2)
-
-
-def _shared_covariance(shared: SharedFactor, slopes: Tensor, signal: Tensor) -> Tensor:
-    """Return what shared noise adds to the covariance (P, P, V) of an estimate, to first order.
-
-    A factor 1 + e of group g moves the estimate by e c_g, where c_g is the sum over the
-    measurements of the group of slope (derivative of the estimate by the data) times signal.
-    """
-    moved = slopes * signal
-    shifts = [
-        sigma * moved[:, shared.group == number].sum(1)
-        for number, sigma in enumerate(shared.sigma)
-    ]
-    return torch.stack([shift[:, None] * shift for shift in shifts]).sum(0)
 
 
 def _rivals(hessian: Tensor, variance: Tensor, solution: Solution) -> Tensor:

@@ -6,10 +6,10 @@ import scipy.optimize
 import torch
 
 from bids_gacelle.engine import fit
-from bids_gacelle.engine.kernels import Kernel, Voxels
+from bids_gacelle.engine.kernels import Kernel, Voxels, unpack
 from bids_gacelle.engine.objective import Objective
-from bids_gacelle.engine.solvers import Problem, Settings
-from bids_gacelle.engine.solvers.lm import minimise
+from bids_gacelle.engine.solvers import Problem
+from bids_gacelle.engine.solvers.lm import LmSettings, minimise
 
 from .helpers import Line, Square, draw, draw_inputs, make_model, noisy
 
@@ -71,10 +71,10 @@ def test_optimum_satisfies_the_conditions_at_bounds():
     kernel = Kernel(model, Objective(), torch.float64, torch.device("cpu"))
     params = {k: torch.tensor(result.maps[k].astype(np.float64)) for k in model.parameter_names}
     position = kernel.coordinates(params)
-    equations = kernel.normal_equations(position, Voxels(torch.tensor(data), None, None, {}))
+    equations = kernel.normal_equations(position, Voxels(torch.tensor(data)))
     # The decrease a parameter could still bring on its own, as a share of the cost.
     slope = equations.gradient
-    curvature = torch.diagonal(equations.hessian).T.clamp_min(1e-12)
+    curvature = torch.diagonal(unpack(equations.hessian)).T.clamp_min(1e-12)
     gain = slope**2 / (2 * curvature * equations.cost)
     at_low, at_high = position <= kernel.lower + 1e-6, position >= kernel.upper - 1e-6
     pushed_out = (at_low & (slope > 0)) | (at_high & (slope < 0))
@@ -90,8 +90,8 @@ def test_restart_at_the_optimum_stays_there(name):
     model = make_model(name)
     data = torch.tensor(noisy(model, draw(model, 300, 7), 0.01, 8))
     kernel = Kernel(model, Objective(), torch.float64, torch.device("cpu"))
-    voxels = Voxels(data, None, None, {})
-    problem = Problem(kernel, voxels, kernel, voxels, Settings(**TIGHT))
+    voxels = Voxels(data)
+    problem = Problem(kernel, voxels, kernel, voxels, LmSettings(**TIGHT))
     boxes = [sum(box) / 2 if box[1] == box[1] else 1.0 for box in kernel.box]
     start = torch.tensor(boxes, dtype=torch.float64)[:, None].repeat(1, 300)
     first = minimise(problem, start)
@@ -106,13 +106,13 @@ def test_cost_never_increases():
     model = make_model("nexi")
     data = torch.tensor(noisy(model, draw(model, 200, 9), 0.02, 10))
     kernel = Kernel(model, Objective(), torch.float64, torch.device("cpu"))
-    voxels = Voxels(data, None, None, {})
+    voxels = Voxels(data)
     start = torch.tensor([(a + b) / 2 for a, b in kernel.box])[:, None].double().repeat(1, 200)
     before = kernel.normal_equations(start, voxels).cost
     for evaluations in range(1, 12):
-        settings = Settings(max_evaluations=evaluations)
+        settings = LmSettings(max_evaluations=evaluations)
         end = minimise(Problem(kernel, voxels, kernel, voxels, settings), start)
-        assert bool((end.cost <= before).all())
+        assert bool((end.cost <= before * (1 + 1e-12)).all())
         before = end.cost
 
 

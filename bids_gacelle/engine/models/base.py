@@ -204,6 +204,12 @@ class SignalModel(ABC):
         """Length of the signal."""
         return len(self.scheme)
 
+    @property
+    def averages(self) -> NDArray[np.float64]:
+        """How many magnitudes each measurement averages; 0: it is no average of magnitudes."""
+        counts = getattr(self.scheme, "n_directions", None)
+        return np.ones(self.n_measurements) if counts is None else counts
+
     @abstractmethod
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return the noise-free signal.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -116,67 +117,63 @@ class Nexi(SignalModel):
         """Number of shells times the number of rotational invariants."""
         return len(self.scheme) * (2 if self.l_max == 2 else 1)
 
+    @property
+    def averages(self) -> np.ndarray:
+        """Magnitudes averaged in S_0 of each shell; S_2 is no average of magnitudes."""
+        counts = super().averages[: len(self.scheme)]
+        return np.concatenate((counts, np.zeros(self.n_measurements - len(counts))))
+
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return S_0, and S_2 with `l_max` 2; shapes as in `SignalModel.signal`."""
-        kernel = karger(params["fn"], *self._exponents(params))
-        s0 = kernel.sum(1)
-        if self.l_max == 0:
-            return s0
-        s2 = (kernel * self._legendre(params["fn"])).sum(1)
-        return torch.cat((s0, params["p2"] * s2))
+        along, beside, rate = self._exponents(params)
+        s0 = s2 = torch.zeros_like(rate)
+        # One node after the other: tensors stay small, and a compiler fuses all of them.
+        for x2, weight, legendre in self._nodes(rate):
+            kernel = karger(params["fn"], along * x2, beside, rate)
+            s0 = s0 + weight * kernel
+            s2 = s2 + legendre * kernel
+        return s0 if self.l_max == 0 else torch.cat((s0, params["p2"] * s2))
 
     def jacobian(
         self, params: dict[str, Tensor], inputs: Inputs | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return signal and derivatives by fn, dn, de, tex (and p2)."""
-        parts = karger_derivatives(params["fn"], *self._exponents(params))
-        signal, *columns = self._average(parts, None, params)
+        along, beside, rate = self._exponents(params)
+        zero = torch.zeros_like(rate)
+        s0, s2 = [zero] * 5, [zero] * 5
+        for x2, weight, legendre in self._nodes(rate):
+            parts = list(karger_derivatives(params["fn"], along * x2, beside, rate))
+            parts[2] = parts[2] * x2
+            s0 = [total + weight * part for total, part in zip(s0, parts, strict=True)]
+            if self.l_max == 2:
+                s2 = [total + legendre * part for total, part in zip(s2, parts, strict=True)]
+        b = self.table("b", self.scheme.b, params["fn"])
+        one = torch.ones_like(b)
+        factors = (one, one, b, b, 1 / params["tex"])
+        s0 = [total * factor for total, factor in zip(s0, factors, strict=True)]
         if self.l_max == 0:
-            return signal, torch.stack(columns)
-        s2, *columns2 = self._average(parts, self._legendre(params["fn"]), params)
-        p2 = params["p2"]
-        full = [torch.cat((a, p2 * b)) for a, b in zip(columns, columns2, strict=True)]
-        full.append(torch.cat((torch.zeros_like(signal), s2)))
-        return torch.cat((signal, p2 * s2)), torch.stack(full)
+            return s0[0], torch.stack(s0[1:])
+        s2 = [total * factor for total, factor in zip(s2, factors, strict=True)]
+        full = [torch.cat((a, params["p2"] * b)) for a, b in zip(s0, s2, strict=True)]
+        return full[0], torch.stack([*full[1:], torch.cat((zero, s2[0]))])
 
     def derive(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return rn = (1 - fn) / tex in 1/ms."""
         return {"rn": (1 - params["fn"]) / params["tex"]}
 
-    def _exponents(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return b dn x^2, b de, Delta / tex, weights; broadcast to (shells, nodes, ...)."""
-        like = params["fn"]
-        nodes, weights = self._rule(like)
+    def _exponents(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return b dn, b de and Delta / tex, each of shape (shells, ...)."""
         assert self.scheme.big_delta is not None
-        b = self.table("b", self.scheme.b[:, None], like)
-        along = self.table("b_x2", self.scheme.b[:, None] * nodes**2, like)
-        time = self.table("big_delta", self.scheme.big_delta[:, None], like)
-        weight = self.table("weight", weights, like)
-        return along * params["dn"], b * params["de"], time / params["tex"], weight
+        b = self.table("b", self.scheme.b, params["fn"])
+        time = self.table("big_delta", self.scheme.big_delta, params["fn"])
+        return b * params["dn"], b * params["de"], time / params["tex"]
 
-    def _average(
-        self, parts: tuple[Tensor, ...], legendre: Tensor | None, params: dict[str, Tensor]
-    ) -> list[Tensor]:
-        """Integrate signal and derivatives over the nodes, each to (shells, ...)."""
-        like = params["fn"]
-        nodes, _ = self._rule(like)
-        signal, by_fraction, by_first, by_second, by_log_time = (
-            part if legendre is None else part * legendre for part in parts
-        )
-        b = self.table("b", self.scheme.b[:, None], like)[:, 0]
-        x2 = self.table("x2", nodes**2, like)
-        return [
-            signal.sum(1),
-            by_fraction.sum(1),
-            b * (by_first * x2).sum(1),
-            b * by_second.sum(1),
-            by_log_time.sum(1) / params["tex"],
-        ]
+    def _nodes(self, like: Tensor) -> Iterator[tuple[float, float, float]]:
+        """Yield x^2, the weight, and the weight times -P2(x) of each node of the rule.
 
-    def _rule(self, like: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        return self._rules.get(like.dtype, self._rules[torch.float64])
-
-    def _legendre(self, like: Tensor) -> Tensor:
-        # M falls with x, so its integral with P2 is never positive: minus is the absolute value,
-        # without a kink where neurites vanish.
-        return self.table("legendre2", -legendre2(self._rule(like)[0]), like)
+        M falls with x, so its integral with P2 is never positive: minus is the absolute value,
+        without a kink where neurites vanish.
+        """
+        nodes, weights = self._rules.get(like.dtype, self._rules[torch.float64])
+        for x, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+            yield x * x, weight, -weight * legendre2(x)

@@ -22,37 +22,46 @@ class _Roots(NamedTuple):
     """Quantities of the 2x2 matrix exponential that the signal and its derivatives share."""
 
     half_difference: Tensor  # u
-    half_gap2: Tensor  # w = u^2 + r1 r2, the squared half distance of the eigenvalues
-    slow: Tensor  # E = exp(-(smaller eigenvalue)), times the scale
-    cosh: Tensor  # c = E (1 + e) / 2
-    sinhc: Tensor  # s = E (1 - e) / (2 l2)
+    half_gap2: Tensor  # w = u^2 + r1 r2, the squared half distance l2 of the eigenvalues
+    slow: Tensor  # E = exp(-(smaller eigenvalue))
+    middle: Tensor  # E exp(-l2)
+    cosh: Tensor  # c = E exp(-l2) cosh l2
+    sinhc: Tensor  # s = E exp(-l2) sinh(l2) / l2
     excess: Tensor  # q
-    half_gap: Tensor  # l2 = sqrt w
 
 
-def _roots(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor, scale: Tensor | float) -> _Roots:
+# Below this w the closed forms of sinh(l2) / l2 and of the difference c - s cancel; their series
+# in w are exact to rounding there.
+_SMALL_GAP2 = 0.09
+
+
+def _roots(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor) -> _Roots:
     """Diagonalise; `rate` is the diffusion time over the exchange time."""
     r1, r2 = rate * (1 - f), rate * f
     u = (d1 + (r1 - r2 - d2)) * 0.5
-    # The smallest normal gap only keeps 0/0 away; expm1 below is exact for any gap above it.
+    # The smallest normal gap only keeps 0/0 away.
     w = (u * u + r1 * r2).clamp_min(1e-14)
     gap = torch.sqrt(w)
     # det / (l1 + l2) instead of l1 - l2: no cancellation.
     det = d1 * (d2 + r2) + d2 * r1
-    slow = torch.exp(-det / ((d1 + (d2 + rate)) * 0.5 + gap)) * scale
-    decay = torch.expm1(-2 * gap)
+    slow = torch.exp(-det / ((d1 + (d2 + rate)) * 0.5 + gap))
+    quick = torch.exp(-gap)
+    middle = slow * quick
+    square = quick * quick
+    series = 1 + w * (1 / 6 + w * (1 / 120 + w * (1 / 5040 + w * (1 / 362880))))
+    sinhc = torch.where(w < _SMALL_GAP2, middle * series, slow * (1 - square) * (0.5 / gap))
     return _Roots(
         half_difference=u,
         half_gap2=w,
         slow=slow,
-        cosh=slow * (1 + 0.5 * decay),
-        sinhc=slow * decay * (-0.5 / gap),
+        middle=middle,
+        cosh=slow * (0.5 + 0.5 * square),
+        sinhc=sinhc,
         excess=(0.5 - f) * (d1 - d2) + 0.5 * rate,
-        half_gap=gap,
     )
 
 
-def karger(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+def karger(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor) -> Tensor:
     """Signal of two exchanging compartments, (1, 1) exp(-[D + R]) (f, 1 - f)^T.
 
     Parameters
@@ -63,8 +72,6 @@ def karger(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor, scale: Tensor | floa
         Attenuation exponents b D of both compartments, >= 0.
     rate
         Diffusion time over exchange time (dimensionless, > 0).
-    scale
-        Factor of the result (quadrature weights are folded in here).
 
     Returns
     -------
@@ -75,20 +82,16 @@ def karger(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor, scale: Tensor | floa
     Kaerger, Adv. Colloid Interface Sci. 23, 129 (1985); Jelescu et al., NeuroImage 256, 119277
     (2022), with the eigenvalue difference written so that nothing cancels or overflows.
     """
-    roots = _roots(f, d1, d2, rate, scale)
+    roots = _roots(f, d1, d2, rate)
     return roots.cosh + roots.excess * roots.sinhc
 
 
-def karger_derivatives(
-    f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor, scale: Tensor | float = 1.0
-) -> Exchange:
+def karger_derivatives(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor) -> Exchange:
     """Return `karger` with its derivatives by f, by d1, by d2 and by the log exchange time."""
-    r = _roots(f, d1, d2, rate, scale)
+    r = _roots(f, d1, d2, rate)
     u, w, c, s = r.half_difference, r.half_gap2, r.cosh, r.sinhc
-    # (c - s) / w loses all digits for small gaps: there its series in w is exact to rounding.
-    series = r.slow * torch.exp(-r.half_gap)
-    series = series * (1 / 3 + w * (1 / 30 + w * (1 / 840 + w * (1 / 45360))))
-    ratio = torch.where(w < 0.09, series, (c - s) / w)
+    series = r.middle * (1 / 3 + w * (1 / 30 + w * (1 / 840 + w * (1 / 45360))))
+    ratio = torch.where(w < _SMALL_GAP2, series, (c - s) / w)
     t = 0.5 * (s + r.excess * ratio)
     signal = c + r.excess * s
     half = 0.5 * (s - signal)

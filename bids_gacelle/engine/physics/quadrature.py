@@ -58,6 +58,6 @@ def powder_rule(largest_exponent: float, n: int = 8) -> tuple[FloatArray, FloatA
     return np.array(nodes), np.array(weights)
 
 
-def legendre2(x: FloatArray) -> FloatArray:
+def legendre2(x: float) -> float:
     """Return the Legendre polynomial P2(x) = (3 x^2 - 1) / 2."""
     return (3 * x**2 - 1) / 2

@@ -8,8 +8,8 @@ from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.solvers.base import Problem, Settings, Solution, Solver
 
 SOLVERS: dict[str, str] = {
-    "lm": "bids_gacelle.engine.solvers.lm:solve",
-    "linear": "bids_gacelle.engine.solvers.linear:solve",
+    "lm": "bids_gacelle.engine.solvers.lm:LM",
+    "linear": "bids_gacelle.engine.solvers.linear:LINEAR",
 }
 
 
@@ -23,8 +23,8 @@ def get_solver(name: str) -> Solver:
     """
     if name not in SOLVERS:
         raise EngineError(f"There is no solver {name!r}; known are {', '.join(SOLVERS)}.")
-    module, _, function = SOLVERS[name].partition(":")
-    solver: Solver = getattr(importlib.import_module(module), function)
+    module, _, attribute = SOLVERS[name].partition(":")
+    solver: Solver = getattr(importlib.import_module(module), attribute)
     return solver
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +14,16 @@ from bids_gacelle.engine.kernels import Kernel, Voxels
 
 @dataclass(frozen=True)
 class Settings:
-    """How a solver works; the names are the keys of `fit(options=...)`.
+    """What all solvers can be told; the fields, and those a solver adds, are `fit(options=...)`.
 
     Attributes
     ----------
     starts
         Number of starts of every voxel.
     seed
-        Seed of the dictionary.
+        Seed of everything random.
     dictionary
         Number of entries of the start dictionary.
-    max_evaluations
-        A voxel that needs more is "not converged".
-    ftol
-        Stop when the predicted and the actual decrease of the cost fall below this share of it.
-    xtol
-        Stop when every step falls below this share of the width of the start box (for an
-        amplitude: of its value).
     lanes
         Number of voxels worked on at once; None: what suits the device.
     compiled
@@ -39,9 +33,6 @@ class Settings:
     starts: int = 1
     seed: int = 0
     dictionary: int = 512
-    max_evaluations: int = 50
-    ftol: float = 1e-5
-    xtol: float = 1e-4
     lanes: int | None = None
     compiled: bool = False
 
@@ -56,6 +47,8 @@ class Problem:
         Model and data in the precision of the fit.
     exact, exact_voxels
         The same in double precision, for closed forms.
+    earlier
+        Kernels of easier objectives whose optima lead to the one wanted, in order.
     report
         Called with the share of the block that is done.
     """
@@ -64,8 +57,13 @@ class Problem:
     voxels: Voxels
     exact: Kernel
     exact_voxels: Voxels
-    settings: Settings
+    settings: Any
     report: Callable[[float], None] = field(default=lambda share: None)
+    earlier: tuple[Kernel, ...] = ()
+
+    def stages(self) -> list[Problem]:
+        """Return the problems to solve one after the other; the last is the one wanted."""
+        return [replace(self, kernel=kernel) for kernel in (*self.earlier, self.kernel)]
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,20 @@ class Solution:
         return Solution(**taken, slopes=slopes)
 
 
-Solver = Callable[[Problem], Solution]
+@dataclass(frozen=True)
+class Solver:
+    """A way to solve a problem, and what it can be told.
+
+    Attributes
+    ----------
+    solve
+        From a problem, whose settings are of the class `settings`, to its solution.
+    settings
+        Class of the settings, with defaults.
+    """
+
+    solve: Callable[[Problem], Solution]
+    settings: type[Settings] = Settings
 
 
 def default_lanes(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bids_gacelle.engine.derivatives import voxelwise_gradients
 from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.solvers.base import Problem, Solution
+from bids_gacelle.engine.solvers.base import Problem, Solution, Solver
 
 
 def solve(problem: Problem) -> Solution:
@@ -46,3 +46,6 @@ def solve(problem: Problem) -> Solution:
         end_costs=torch.zeros(1, n_voxels, dtype=position.dtype, device=kernel.device),
         slopes=slopes,
     )
+
+
+LINEAR = Solver(solve)
