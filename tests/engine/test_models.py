@@ -219,7 +219,7 @@ def test_declarations_are_complete(name, options):
     assert model.references
     for parameter in (*model.parameters, *model.derived):
         assert parameter.description
-        assert parameter.unit in ("1", "s", "ms", "1/s", "1/ms", "um^2/ms", "arbitrary")
+        assert parameter.unit in ("1", "s", "ms", "1/s", "1/ms", "um", "um^2/ms", "arbitrary")
     for parameter in model.parameters:
         if not parameter.amplitude:
             assert parameter.bounds[0] <= parameter.start[0] < parameter.start[1]
@@ -251,7 +251,7 @@ def test_derived_quantities():
 
 
 def test_registry():
-    assert list_models()[:4] == ("r2star", "despot1", "mcmicro", "nexi")
+    assert list_models()[:5] == ("r2star", "despot1", "mcmicro", "nexi", "axcalibersmt")
     assert all(get_model(name).name == name for name in list_models())
     own = get_model("nexi")
     assert get_model(own) is own
