@@ -70,7 +70,8 @@ def build_dictionary(kernel: Kernel, entries: int, regions: int, seed: int) -> D
     cells = tuple(cell.to(kernel.device) for cell in split)
     if not linear:
         return Dictionary(position, kernel.signal(position, inputs), cells)
-    mixture = kernel.model.mixture(kernel.parameters(position), inputs)
+    params = kernel.parameters(position)
+    mixture = kernel.model.mixture({names[i]: params[names[i]] for i in fitted}, inputs)
     if kernel.amplitude is not None or not 2 <= len(mixture) <= MOST_SIGNALS:
         raise EngineError(
             f"{kernel.model.name} mixes {len(mixture)} signals; a model with linear parameters "
