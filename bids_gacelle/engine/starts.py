@@ -46,13 +46,14 @@ def build_dictionary(kernel: Kernel, entries: int, regions: int, seed: int) -> D
     """Return a dictionary of `entries` points split into `regions` regions.
 
     The best entry of each region gives starts that are good and far apart. Linear parameters are
-    not varied, every entry standing for all their values; where that leaves one or two, these
-    span their bounds instead of their start boxes.
+    not varied, every entry standing for all their values; where that leaves one or two others,
+    the dictionary spans their bounds instead of their start boxes.
     """
     names = kernel.model.parameter_names
     linear = {names.index(name) for name in kernel.model.linear}
     fitted = [i for i in range(len(names)) if i != kernel.amplitude and i not in linear]
-    few = bool(linear) and len(fitted) <= _FEW
+    bounded = bool((kernel.lower[fitted].isfinite() & kernel.upper[fitted].isfinite()).all())
+    few = bool(linear) and len(fitted) <= _FEW and bounded
     if linear:
         entries = max(regions, min(entries, _ENTRIES_PER_PARAMETER * len(fitted)))
     engine = torch.quasirandom.SobolEngine(len(fitted), scramble=True, seed=seed)

@@ -203,6 +203,17 @@ def test_projected_starts_take_the_place_of_a_missing_guess(starts):
     assert float(misfit.max()) < 0.15  # the slope is off by 1/64 of its range or less
 
 
+class Unbounded(Guessing):
+    parameters = (Guessing.parameters[0], Parameter("factor", "1", "Factor", start=(0.5, 2.0)))
+
+
+def test_without_bounds_the_start_box_is_searched():
+    kernel = Kernel(Unbounded.of([1.0, 2.0]), Objective(), torch.float64, CPU)
+    factor = build_dictionary(kernel, 64, 1, 0).position[1]
+    assert 0.5 <= float(factor.min()) < 0.6
+    assert 1.9 < float(factor.max()) <= 2.0
+
+
 def test_amplitudes_cannot_be_mixed():
     kernel = Kernel(Loud.of([1.0, 2.0]), Objective(), torch.float64, CPU)
     with pytest.raises(EngineError, match=r"guessing mixes 2 signals; .* no amplitude"):

@@ -41,7 +41,9 @@ class Parameter:
         Limits of the fit, in the parameter's unit.
     start
         Box of the start dictionary, in the parameter's unit (unused for amplitudes, which are
-        projected, and for derived quantities).
+        projected, and for derived quantities). The prior and the solver's step sizes follow from
+        it, also where `SignalModel.linear` parameters are projected and others searched for all
+        over their bounds.
     prior
         Mean and standard deviation of the "weak" prior in the solver's coordinate. Left out, it is
         that of a uniform box with the centre and twice the width of the start box. None for
