@@ -44,6 +44,7 @@ ENGINE_LAYERS = {
     "objective": 3,
     "models": 2,
     "prepare": 2,
+    "simplex": 1,
     "derivatives": 1,
     "device": 1,
     "errors": 0,

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import Kernel, Voxels
+from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowest_cost
 
 # Voxels are scored in chunks of one fixed size: a matrix product may round differently when its
 # shape changes, and a start must not depend on the size of a block.
 CHUNK = 2048
+# Entries of mixtures scored at once: the dozen temporaries of a closed form should stay in cache.
+_TILE = 32
+# Linear parameters are not searched for, so fewer entries do; more than these find no more optima.
+_ENTRIES_PER_PARAMETER = 64
+# So few parameters can be searched for all over their bounds, where noisy optima often lie.
+_FEW = 2
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class Dictionary:
     position
         (parameters, entries) in solver coordinates; an amplitude is 1.
     signal
-        (measurements, entries).
+        (measurements, entries); for a model with linear parameters the signals it mixes,
+        (signals, entries, measurements).
     regions
         Indices of the entries of each region.
     """
@@ -36,31 +45,73 @@ class Dictionary:
 def build_dictionary(kernel: Kernel, entries: int, regions: int, seed: int) -> Dictionary:
     """Return a dictionary of `entries` points split into `regions` regions.
 
-    Regions are the cells of points chosen far from each other, beginning at the centre of the box:
-    the best entry of each region gives starts that are good and far apart.
+    The best entry of each region gives starts that are good and far apart. Linear parameters are
+    not varied, every entry standing for all their values; where that leaves one or two others,
+    the dictionary spans their bounds instead of their start boxes.
     """
-    fitted = [i for i in range(len(kernel.box)) if i != kernel.amplitude]
+    names = kernel.model.parameter_names
+    linear = {names.index(name) for name in kernel.model.linear}
+    fitted = [i for i in range(len(names)) if i != kernel.amplitude and i not in linear]
+    bounded = bool((kernel.lower[fitted].isfinite() & kernel.upper[fitted].isfinite()).all())
+    few = bool(linear) and len(fitted) <= _FEW and bounded
+    if linear:
+        entries = max(regions, min(entries, _ENTRIES_PER_PARAMETER * len(fitted)))
     engine = torch.quasirandom.SobolEngine(len(fitted), scramble=True, seed=seed)
     unit = engine.draw(entries, dtype=torch.float64).T
     position = torch.ones(len(kernel.box), entries, dtype=torch.float64)
     for row, i in enumerate(fitted):
-        low, high = kernel.box[i]
+        low, high = (float(kernel.lower[i]), float(kernel.upper[i])) if few else kernel.box[i]
         position[i] = low + (high - low) * unit[row]
     position = position.to(kernel.device, kernel.dtype)
     inputs = {
         name: torch.full_like(position[0], value)
         for name, value in kernel.model.input_defaults.items()
     }
+    split = _slabs(unit, regions) if few else _cells(unit, regions)
+    cells = tuple(cell.to(kernel.device) for cell in split)
+    if not linear:
+        return Dictionary(position, kernel.signal(position, inputs), cells)
+    params = kernel.parameters(position)
+    mixture = kernel.model.mixture({names[i]: params[names[i]] for i in fitted}, inputs)
+    if kernel.amplitude is not None or not 2 <= len(mixture) <= MOST_SIGNALS:
+        raise EngineError(
+            f"{kernel.model.name} mixes {len(mixture)} signals; a model with linear parameters "
+            f"mixes 2 to {MOST_SIGNALS}, and has no amplitude."
+        )
+    return Dictionary(position, mixture.transpose(1, 2).contiguous(), cells)
+
+
+def _cells(unit: Tensor, regions: int) -> list[Tensor]:
+    """Return the cells of points chosen far from each other, beginning at the centre.
+
+    Parameters
+    ----------
+    unit
+        (parameters, entries) in the unit cube.
+    regions
+        How many.
+
+    Returns
+    -------
+    Indices of the entries of each.
+    """
     centres = [((unit - 0.5) ** 2).sum(0).argmin()]
-    nearest = torch.full((entries,), torch.inf, dtype=torch.float64)
-    cell = torch.zeros(entries, dtype=torch.long)
+    nearest = torch.full_like(unit[0], torch.inf)
+    cell = torch.zeros_like(unit[0], dtype=torch.long)
     for region in range(regions):
         distance = ((unit - unit[:, centres[region], None]) ** 2).sum(0)
         cell = torch.where(distance < nearest, region, cell)
         nearest = torch.minimum(nearest, distance)
         centres.append(nearest.argmax())
-    cells = tuple((cell == r).nonzero()[:, 0].to(kernel.device) for r in range(regions))
-    return Dictionary(position, kernel.signal(position, inputs), cells)
+    return [(cell == r).nonzero()[:, 0] for r in range(regions)]
+
+
+def _slabs(unit: Tensor, regions: int) -> list[Tensor]:
+    """Return equal shares of the entries along the first parameter.
+
+    In few dimensions cells around far points are corners, and the draw decides which.
+    """
+    return list(unit[0].argsort().tensor_split(regions))
 
 
 def find_starts(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Tensor:
@@ -82,13 +133,13 @@ def _chunk_starts(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Ten
     if guess is not None and len(dictionary.regions) == 1 and bool(guess.isfinite().all()):
         starts = [guess]
     else:
-        score = _misfit(kernel, voxels, dictionary)
-        starts = [
-            dictionary.position[:, region[score[region].argmin(0)]]
-            for region in dictionary.regions
-        ]
+        if kernel.model.linear:
+            starts, costs = _best_mixtures(kernel, voxels, dictionary)
+        else:
+            starts, costs = _best_entries(kernel, voxels, dictionary)
         if guess is not None:
-            fallback = dictionary.position[:, score.argmin(0)]
+            best = torch.stack(costs).argmin(0)
+            fallback = torch.stack(starts)[best, :, torch.arange(CHUNK, device=best.device)].T
             starts[0] = torch.where(guess.isfinite(), guess, fallback)
     bounded = [torch.maximum(torch.minimum(s, kernel.upper), kernel.lower) for s in starts]
     return torch.stack([_project_amplitude(kernel, s, voxels) for s in bounded])
@@ -105,6 +156,19 @@ def _guess(kernel: Kernel, voxels: Voxels) -> Tensor | None:
     return kernel.coordinates(guess)
 
 
+def _best_entries(
+    kernel: Kernel, voxels: Voxels, dictionary: Dictionary
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the best entry (parameters, voxels) of each region, and its misfit (voxels,)."""
+    score = _misfit(kernel, voxels, dictionary)
+    starts, costs = [], []
+    for region in dictionary.regions:
+        best = score[region].argmin(0)
+        starts.append(dictionary.position[:, region[best]])
+        costs.append(score[region].gather(0, best[None])[0])
+    return starts, costs
+
+
 def _misfit(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Tensor:
     """Return sums of squares up to a constant of each voxel, (entries, voxels)."""
     signal = dictionary.signal.T
@@ -118,6 +182,68 @@ def _misfit(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Tensor:
     if kernel.amplitude is None:
         return power - 2 * product
     return -(product.clamp_min(0) ** 2) / power  # at the best amplitude of each entry
+
+
+def _best_mixtures(
+    kernel: Kernel, voxels: Voxels, dictionary: Dictionary
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the best entry of each region with its best linear parameters, and its misfit."""
+    starts, costs = [], []
+    for region in dictionary.regions:
+        lowest = torch.full_like(voxels.data[0], torch.inf)
+        entry = torch.zeros_like(lowest, dtype=torch.long)
+        for tile in region.split(_TILE):
+            cost, best = _mixture_misfit(dictionary.signal[:, tile], voxels).min(0)
+            better = cost < lowest
+            entry = torch.where(better, tile[best], entry)
+            lowest = torch.where(better, cost, lowest)
+        starts.append(_project_linear(kernel, dictionary, entry, voxels))
+        costs.append(lowest)
+    return starts, costs
+
+
+def _mixture_misfit(signal: Tensor, voxels: Voxels) -> Tensor:
+    """Return sums of squares, up to a constant of each voxel, at the best mixing weights.
+
+    Parameters
+    ----------
+    signal
+        (signals, entries, measurements).
+
+    Returns
+    -------
+    Tensor of shape (entries, voxels).
+    """
+    last = signal[-1]
+    others = signal[:-1] - last
+    weight = voxels.weight
+    data = voxels.data if weight is None else voxels.data * weight
+
+    def power(first: Tensor, second: Tensor) -> Tensor:
+        product = first * second
+        return product.sum(1)[:, None] if weight is None else product @ weight
+
+    gram = [[power(a, b) for b in others] for a in others]
+    slope = [torch.addmm(power(a, last), a, data, beta=-1) for a in others]
+    return lowest_cost(Mixing(gram, slope)).add_(
+        torch.addmm(power(last, last), last, data, alpha=-2)
+    )
+
+
+def _project_linear(
+    kernel: Kernel, dictionary: Dictionary, entry: Tensor, voxels: Voxels
+) -> Tensor:
+    """Return entries (voxels,) as positions whose linear parameters are the best ones."""
+    signal = dictionary.signal[:, entry].double().transpose(1, 2)  # (signals, M, voxels)
+    last = signal[-1]
+    others = signal[:-1] - last
+    weighted = others if voxels.weight is None else others * voxels.weight
+    offset = voxels.data - last
+    gram = [[(a * b).sum(0) for b in others] for a in weighted]
+    slope = [(a * offset).sum(0) for a in weighted]
+    weights = best_weights(Mixing(gram, slope)).to(kernel.dtype)
+    position = dictionary.position[:, entry]
+    return kernel.coordinates(kernel.parameters(position) | kernel.model.unmix(weights))
 
 
 def _project_amplitude(kernel: Kernel, position: Tensor, voxels: Voxels) -> Tensor:

@@ -17,6 +17,26 @@ from bids_gacelle.engine import (
 _SHELLS = [2.3, 3.5, 4.8, 6.5]
 NEXI_B = [*_SHELLS, *_SHELLS, 11.3, *_SHELLS, 11.3, 17.3]
 NEXI_DELTA = [13.0] * 4 + [21.0] * 5 + [30.0] * 6
+# Shells of a published AxCaliber-SMT protocol with pulses of 6 ms.
+AXCALIBER_B = [
+    0.05,
+    0.35,
+    0.8,
+    1.5,
+    2.4,
+    3.45,
+    4.75,
+    6.0,
+    0.2,
+    0.95,
+    2.3,
+    4.25,
+    6.75,
+    9.85,
+    13.5,
+    17.8,
+]
+AXCALIBER_DELTA = [13.0] * 8 + [30.0] * 8
 
 
 def make_model(name, **options):
@@ -25,6 +45,7 @@ def make_model(name, **options):
         "despot1": GradientEchoScheme(flip_angle=[3, 8, 14, 20, 28], repetition_time=0.02),
         "mcmicro": DiffusionScheme(b=[0.3, 0.7, 1.0, 2.0, 3.0, 5.0]),
         "nexi": DiffusionScheme(b=NEXI_B, big_delta=NEXI_DELTA),
+        "axcalibersmt": DiffusionScheme(b=AXCALIBER_B, big_delta=AXCALIBER_DELTA, small_delta=6.0),
     }
     return get_model(name)(schemes[name], **options)
 
@@ -35,6 +56,8 @@ ALL_MODELS = [
     ("mcmicro", {}),
     ("nexi", {}),
     ("nexi", {"l_max": 2}),
+    ("axcalibersmt", {}),
+    ("axcalibersmt", {"limit": "neuman"}),
 ]
 
 

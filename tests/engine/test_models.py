@@ -5,6 +5,8 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.integrate
+import scipy.special
 import torch
 
 from bids_gacelle.engine import (
@@ -18,7 +20,19 @@ from bids_gacelle.engine import (
 )
 from bids_gacelle.engine.physics.quadrature import gauss_legendre, legendre2
 
-from .helpers import ALL_MODELS, NEXI_B, NEXI_DELTA, Line, draw, draw_inputs, make_model, read
+from .helpers import (
+    ALL_MODELS,
+    AXCALIBER_B,
+    AXCALIBER_DELTA,
+    NEXI_B,
+    NEXI_DELTA,
+    Line,
+    draw,
+    draw_inputs,
+    make_model,
+    read,
+)
+from .test_physics import restricted_series
 
 MODELS = pytest.mark.parametrize(("name", "options"), ALL_MODELS)
 
@@ -101,6 +115,20 @@ def _trapezoid_nexi(params, protocol):
     return torch.stack(s0 + s2).numpy()
 
 
+@pytest.mark.parametrize(
+    # The other program truncates the series at ten roots of four decimals.
+    ("name", "limit", "error"),
+    [("axcalibersmt", "vangelderen", 1e-5), ("axcalibersmt_neuman", "neuman", 1e-12)],
+)
+def test_axcalibersmt_reference(shared, name, limit, error):
+    ref = read(shared, name)
+    protocol = ref["protocol"]
+    scheme = DiffusionScheme(protocol["b"], protocol["Delta"], protocol["delta"])
+    model = get_model("axcalibersmt")(scheme, limit=limit)
+    params = dict(zip(model.parameter_names, columns(ref["params"]), strict=True))
+    torch.testing.assert_close(model.signal(params), columns(ref["signals"]), rtol=0, atol=error)
+
+
 # --- against closed forms and brute force ------------------------------------------------------
 
 
@@ -164,6 +192,63 @@ def test_mcmicro_equals_the_average_over_directions():
         np.testing.assert_allclose(signal, ((f * stick + (1 - f) * extra) * w).sum(1), atol=1e-12)
 
 
+@pytest.mark.parametrize("limit", ["vangelderen", "neuman"])
+@pytest.mark.parametrize("constants", [{}, {"d0": 2.1, "dn": 1.2, "depar": 1.5, "dcsf": 2.8}])
+def test_axcalibersmt_equals_the_average_over_directions(limit, constants):
+    model = make_model("axcalibersmt", limit=limit, **constants)
+    params = draw(model, 25, 13, within="bounds")
+    known = {"d0": 1.7, "dn": 1.7, "depar": 1.7, "dcsf": 3.0} | constants
+    roots = scipy.special.jnp_zeros(1, 400)
+    signal = model.signal(params).numpy()
+    single = model.signal({k: v.float() for k, v in params.items()}).numpy()
+    np.testing.assert_allclose(single, signal, atol=1e-6)
+    for v in range(25):
+        r, f, fcsf, across = (float(params[k][v]) for k in model.parameter_names)
+        r = r / 2
+        h = {t: restricted_series(r, roots, 1, known["d0"], 6.0, t) for t in set(AXCALIBER_DELTA)}
+        for m, (b, big) in enumerate(zip(AXCALIBER_B, AXCALIBER_DELTA, strict=True)):
+            g2 = b / (6**2 * (big - 6 / 3))
+            c = g2 * (h[big] if limit == "vangelderen" else 7 / 48 * 6 * r**4 / known["d0"])
+            cylinder = _over_directions(c, b * known["dn"])
+            extra = _over_directions(b * across, b * known["depar"])
+            tissue = f * cylinder + (1 - f) * extra
+            exact = (1 - fcsf) * tissue + fcsf * np.exp(-b * known["dcsf"])
+            assert signal[m, v] == pytest.approx(exact, abs=1e-9)
+
+
+def _over_directions(radial, axial):
+    def kernel(x):
+        return np.exp(-radial * (1 - x**2) - axial * x**2)
+
+    return scipy.integrate.quad(kernel, 0, 1, epsabs=1e-12, epsrel=1e-12, limit=200)[0]
+
+
+def test_axcalibersmt_keeps_its_slope_where_the_outer_space_becomes_isotropic():
+    model = make_model("axcalibersmt")
+    one = torch.ones(1, dtype=torch.float64)
+    params = {"diameter": 3 * one, "fn": 0 * one, "fcsf": 0 * one, "deperp": 1.7 * one}
+    signal, jacobian = model.jacobian(params)
+    b = np.array(AXCALIBER_B)
+    np.testing.assert_allclose(signal[:, 0], np.exp(-1.7 * b), rtol=1e-14)
+    np.testing.assert_allclose(jacobian[3, :, 0], -2 / 3 * b * np.exp(-1.7 * b), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "options"), [("axcalibersmt", {}), ("nexi", {"l_max": 2})])
+def test_a_mixture_is_the_signal(name, options):
+    model = make_model(name, **options)
+    searched = draw(model, 60, 14, within="bounds")
+    for linear in model.linear:
+        del searched[linear]
+    mixture = model.mixture(searched)
+    weights = torch.tensor(np.random.default_rng(15).dirichlet([0.7] * len(mixture), 60).T)
+    weights[:, : len(mixture)] = torch.eye(len(mixture), dtype=torch.float64)
+    linear = model.unmix(weights)
+    assert set(linear) == set(model.linear)
+    assert all(bool(((v >= 0) & (v <= 1)).all()) for v in linear.values())
+    signal = model.signal(searched | linear)
+    torch.testing.assert_close((weights[:, None] * mixture).sum(0), signal, rtol=0, atol=1e-14)
+
+
 def central_difference(model, params, inputs, parameter):
     """Slope of the parabola through three points that stay within the bounds."""
     value = params[parameter.name]
@@ -220,7 +305,7 @@ def test_declarations_are_complete(name, options):
     assert model.references
     for parameter in (*model.parameters, *model.derived):
         assert parameter.description
-        assert parameter.unit in ("1", "s", "ms", "1/s", "1/ms", "um^2/ms", "arbitrary")
+        assert parameter.unit in ("1", "s", "ms", "1/s", "1/ms", "um", "um^2/ms", "arbitrary")
     for parameter in model.parameters:
         if not parameter.amplitude:
             assert parameter.bounds[0] <= parameter.start[0] < parameter.start[1]
@@ -252,7 +337,7 @@ def test_derived_quantities():
 
 
 def test_registry():
-    assert list_models()[:4] == ("r2star", "despot1", "mcmicro", "nexi")
+    assert list_models()[:5] == ("r2star", "despot1", "mcmicro", "nexi", "axcalibersmt")
     assert all(get_model(name).name == name for name in list_models())
     own = get_model("nexi")
     assert get_model(own) is own
@@ -284,6 +369,12 @@ def test_installed_packages_can_announce_models(tmp_path, monkeypatch):
     [
         (lambda: get_model("nexi")(DiffusionScheme(b=[1.0, 2, 3, 4])), "nexi needs big_delta"),
         (lambda: get_model("nexi")(DiffusionScheme(b=[1.0], big_delta=[20.0])), "at least 4"),
+        (
+            lambda: get_model("axcalibersmt")(DiffusionScheme([1.0, 2, 3, 4], 20.0)),
+            "axcalibersmt needs small_delta",
+        ),
+        (lambda: make_model("axcalibersmt", dn=-1.0), "dn must be a positive diffusivity"),
+        (lambda: make_model("axcalibersmt", limit="none"), "is 'vangelderen' or 'neuman'"),
         (lambda: make_model("nexi", lmax=2), "no option 'lmax'; it has l_max"),
         (lambda: make_model("r2star", l_max=2), "no option 'l_max'; it has none"),
         (lambda: get_model("r2star")(DiffusionScheme(b=[1.0])), "needs a GradientEchoScheme"),

@@ -8,13 +8,28 @@ import scipy.linalg
 import scipy.special
 import torch
 
+from bids_gacelle.engine.derivatives import directional
 from bids_gacelle.engine.physics.exchange import karger, karger_derivatives
-from bids_gacelle.engine.physics.powder import stick_average, stick_average_slope
+from bids_gacelle.engine.physics.powder import (
+    axial_average,
+    axial_average_slope,
+    dawson,
+    stick_average,
+    stick_average_slope,
+)
 from bids_gacelle.engine.physics.quadrature import (
     OPTIMISED_LIMIT,
     gauss_legendre,
     legendre2,
     powder_rule,
+)
+from bids_gacelle.engine.physics.restricted import (
+    CYLINDER,
+    SPHERE,
+    RestrictedTable,
+    cylinder_roots,
+    scaled_attenuation,
+    sphere_roots,
 )
 from bids_gacelle.engine.physics.steady_state import spgr
 
@@ -79,7 +94,7 @@ def test_exchange_derivatives_agree_with_forward_mode_across_the_series_switch()
 
     for i, found in enumerate(parts[1:]):
         tangents = tuple(one if i == j else zero for j in range(4))
-        exact = torch.func.jvp(of_values, (f, d1, d2, log_time), tangents)[1]
+        exact = directional(of_values, (f, d1, d2, log_time), tangents)[1]
         torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-10)
 
 
@@ -102,6 +117,108 @@ def test_stick_average_is_the_integral_and_its_slope_the_derivative():
     torch.testing.assert_close(average, (w * kernel).sum(1), rtol=0, atol=1e-13)
     slope = stick_average_slope(a, average)
     torch.testing.assert_close(slope, -(w * x**2 * kernel).sum(1), rtol=0, atol=1e-13)
+
+
+def test_dawson_agrees_with_scipy():
+    x = np.concatenate([np.logspace(-2, 3, 2000), np.arange(1, 40) * 0.3])
+    np.testing.assert_allclose(dawson(torch.tensor(x)), scipy.special.dawsn(x), rtol=1e-11)
+
+
+EXPONENTS = torch.tensor([0.0, 1e-9, 1e-3, 0.29, 0.3, 0.31, 1.0, 7.0, 30.0, 91.0, 400.0]).double()
+
+
+def test_axial_average_is_the_integral_and_its_slope_the_derivative():
+    radial, axial = EXPONENTS[:, None], EXPONENTS
+    # The integrand may be steep at either end; panels of many nodes resolve both.
+    nodes, weights = gauss_legendre(200)
+    edges = np.array([0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0])
+    x = torch.tensor((edges[:-1, None] + np.diff(edges)[:, None] * nodes).ravel())
+    w = torch.tensor((np.diff(edges)[:, None] * weights).ravel())
+    kernel = torch.exp(-radial[..., None] * (1 - x**2) - axial[..., None] * x**2)
+    average = axial_average(radial, axial)
+    torch.testing.assert_close(average, (w * kernel).sum(-1), rtol=1e-11, atol=1e-13)
+    slope = axial_average_slope(radial, axial, average)
+    torch.testing.assert_close(slope, -(w * (1 - x**2) * kernel).sum(-1), rtol=0, atol=1e-12)
+    upper = radial <= axial
+    prolate = axial_average(radial, axial, oblate=False)
+    torch.testing.assert_close(prolate[upper], average[upper], rtol=1e-14, atol=0)
+    single = axial_average(radial.float(), axial.float())
+    assert bool(single.isfinite().all())
+    torch.testing.assert_close(single.double(), average, rtol=0, atol=3e-7)
+
+
+def test_roots_of_the_eigenvalue_equations():
+    np.testing.assert_allclose(cylinder_roots(), scipy.special.jnp_zeros(1, 100), rtol=4e-16)
+    # Those of the sphere are extrema of the spherical Bessel function j1.
+    roots = sphere_roots()
+    slope = scipy.special.spherical_jn(1, roots, derivative=True)
+    np.testing.assert_allclose(roots * slope, 0, atol=1e-13)
+    assert roots[0] == pytest.approx(2.0815759778181, abs=1e-12)
+    assert (np.abs(np.diff(roots) - np.pi) < 0.8).all()  # none is missing
+
+
+def restricted_series(radius, roots, shift, diffusivity, small, big):
+    """h(r) as published, with as many roots as given."""
+    time = radius**2 / diffusivity
+    squares, d, delta = roots**2, small / time, big / time
+    bracket = (
+        -2 + 2 * squares * d + 2 * np.exp(-squares * d) + 2 * np.exp(-squares * delta)
+        - np.exp(-squares * (delta + d)) - np.exp(-squares * (delta - d))
+    )  # fmt: skip
+    return diffusivity * time**3 * (2 / (squares**3 * (squares - shift)) * bracket).sum()
+
+
+TIMES = pytest.mark.parametrize(("small", "big"), [(6, 13), (6, 30), (1, 5), (15, 40), (6, 6)])
+SHAPES = pytest.mark.parametrize(
+    ("geometry", "roots"),
+    [(CYLINDER, scipy.special.jnp_zeros(1, 400)), (SPHERE, sphere_roots())],
+    ids=["cylinder", "sphere"],
+)
+
+
+@SHAPES
+@TIMES
+def test_restricted_diffusion_equals_the_published_series(geometry, roots, small, big):
+    r = np.linspace(0.05, 10, 120)
+    h = np.array([restricted_series(x, roots, geometry.shift, 1.7, small, big) for x in r])
+    q, slope = scaled_attenuation(r, geometry, 1.7, small, big)
+    np.testing.assert_allclose(q * r**4, h, rtol=1e-10)
+    up, down = (scaled_attenuation(r + e, geometry, 1.7, small, big)[0] for e in (1e-5, -1e-5))
+    np.testing.assert_allclose(slope, (up - down) / 2e-5, atol=1e-8 * np.abs(slope).max())
+
+    table = RestrictedTable(geometry, 1.7, *np.array([[20.0], [small], [big]]), 10.0)
+    exact = np.exp(-table.gradient2[0] * h)
+    for dtype, error in ((torch.float64, 1e-10), (torch.float32, 3e-7)):
+        exponent, by_radius = table(torch.tensor(r, dtype=dtype))
+        np.testing.assert_allclose(torch.exp(-exponent[0]), exact, atol=error)
+        expected = table.gradient2[0] * r**3 * (4 * q + r * slope)
+        np.testing.assert_allclose(by_radius[0], expected, rtol=3e-6, atol=error)
+
+
+@SHAPES
+def test_restricted_diffusion_has_the_known_limits(geometry, roots):
+    # A pore far smaller than the diffusion length: Neuman's law; r = 0 is no special case.
+    q, slope = scaled_attenuation(np.array([0.0, 0.02]), geometry, 1.7, 6.0, 30.0)
+    known = {1: 7 / 48, 2: 16 / 175}[geometry.shift] * 6.0 / 1.7
+    np.testing.assert_allclose(q, known, rtol=1e-4)
+    assert slope[0] == 0
+    # A pore far larger: free diffusion, C = b D0.
+    q, _ = scaled_attenuation(np.array([300.0]), geometry, 1.7, 10.0, 12.0)
+    assert q[0] * 300.0**4 == pytest.approx(10**2 * (12 - 10 / 3) * 1.7, rel=0.05)
+
+
+def test_shells_of_one_timing_share_a_row_of_the_table_in_any_order():
+    b, small, big = np.array([[1.0, 5, 2, 9], [6, 6, 10, 6], [13, 30, 40, 13]])
+    table = RestrictedTable(CYLINDER, 1.7, b, small, big, 10.0)
+    radius = torch.tensor([[0.0, 0.3, 2.0], [4.0, 9.99, 10.0]], dtype=torch.float64)
+    exponent, slope = table(radius)
+    assert exponent.shape == slope.shape == (4, 2, 3)
+    for m in range(4):
+        one = RestrictedTable(CYLINDER, 1.7, b[m : m + 1], small[m : m + 1], big[m : m + 1], 10.0)
+        torch.testing.assert_close(one(radius)[0][0], exponent[m], rtol=1e-15, atol=0)
+    wide = RestrictedTable(CYLINDER, 1.7, b, small, big, 10.0, wide=True)(radius)[0]
+    expected = 7 / 48 * wide.new_tensor(table.gradient2 * small / 1.7)[:, None, None] * radius**4
+    torch.testing.assert_close(wide, expected, rtol=1e-13, atol=0)
 
 
 def test_spoiled_signal_peaks_at_the_ernst_angle():

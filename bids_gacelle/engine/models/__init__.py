@@ -14,6 +14,7 @@ MODELS: dict[str, str] = {
     "despot1": "bids_gacelle.engine.models.despot1:Despot1",
     "mcmicro": "bids_gacelle.engine.models.mcmicro:McMicro",
     "nexi": "bids_gacelle.engine.models.nexi:Nexi",
+    "axcalibersmt": "bids_gacelle.engine.models.axcalibersmt:AxCaliberSmt",
 }
 
 

@@ -41,7 +41,9 @@ class Parameter:
         Limits of the fit, in the parameter's unit.
     start
         Box of the start dictionary, in the parameter's unit (unused for amplitudes, which are
-        projected, and for derived quantities).
+        projected, and for derived quantities). The prior and the solver's step sizes follow from
+        it, also where `SignalModel.linear` parameters are projected and others searched for all
+        over their bounds.
     prior
         Mean and standard deviation of the "weak" prior in the solver's coordinate. Left out, it is
         that of a uniform box with the centre and twice the width of the start box. None for
@@ -93,8 +95,9 @@ class SignalModel(ABC):
     """A forward model: parameters of a voxel to its measurements.
 
     A subclass declares the class attributes below and gives `signal`. It may also give an analytic
-    `jacobian` (tested against forward mode), a closed-form `guess` to start from, and
-    `closed_form`, the estimate of the linear solver. One line in `models.MODELS` registers it.
+    `jacobian` (tested against forward mode), a closed-form `guess` to start from, `mixture` with
+    `unmix` for parameters that need no search, and `closed_form`, the estimate of the linear
+    solver. One line in `models.MODELS` registers it.
 
     Attributes
     ----------
@@ -122,6 +125,9 @@ class SignalModel(ABC):
         Number of starts the fit uses unless told otherwise.
     compile_from
         Voxels times starts from which compiling the fit pays for its 20 to 60 s.
+    linear
+        Names of the parameters that `unmix` gives: the signal is, given the others, a mixture of
+        known signals. None of them, nor another parameter, may be an amplitude then.
     parameters, derived
         What is fitted, in order; what is computed from it.
     """
@@ -144,6 +150,7 @@ class SignalModel(ABC):
     starts: ClassVar[int] = 1
     compile_from: ClassVar[int] = 300_000
     has_closed_form: ClassVar[bool] = False
+    linear: tuple[str, ...] = ()
     parameters: tuple[Parameter, ...]
     derived: tuple[Parameter, ...] = ()
 
@@ -256,6 +263,29 @@ class SignalModel(ABC):
         Amplitudes need not be given; voxels without a valid guess hold NaN.
         """
         return None
+
+    def mixture(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
+        """Return the 2 to 4 signals that a model with `linear` parameters mixes.
+
+        The signal is their average with weights that are at least 0 and add up to 1; every such
+        set of weights stands for values of the linear parameters within their bounds.
+
+        Parameters
+        ----------
+        params
+            The parameters that are not linear, all of the same shape (...).
+        inputs
+            As in `signal`.
+
+        Returns
+        -------
+        Tensor of shape (signals, measurements, ...).
+        """
+        raise NotImplementedError(f"{self.name} declares linear parameters but no mixture.")
+
+    def unmix(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return the linear parameters of mixing weights (signals, ...), each of shape (...)."""
+        raise NotImplementedError(f"{self.name} declares linear parameters but no unmix.")
 
     def closed_form(self, data: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """Return the model's linear estimate from data (measurements, voxels).

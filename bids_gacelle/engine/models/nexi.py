@@ -105,6 +105,7 @@ class Nexi(SignalModel):
         super().__init__(scheme, l_max=l_max, **options)
         self.l_max = l_max
         self.parameters = (*_FITTED, _P2) if l_max == 2 else _FITTED
+        self.linear = ("p2",) if l_max == 2 else ()
         sharpest = float(scheme.b.max()) * _FITTED[1].bounds[1]
         # Six nodes err by 2e-6, far below any noise: enough for single-precision fits.
         self._rules = {
@@ -125,6 +126,21 @@ class Nexi(SignalModel):
 
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return S_0, and S_2 with `l_max` 2; shapes as in `SignalModel.signal`."""
+        s0, s2 = self._invariants(params)
+        return s0 if s2 is None else torch.cat((s0, params["p2"] * s2))
+
+    def mixture(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
+        """Return the signals of no coherence (p2 = 0) and of full coherence (p2 = 1)."""
+        s0, s2 = self._invariants(params)
+        assert s2 is not None
+        return torch.stack((torch.cat((s0, torch.zeros_like(s2))), torch.cat((s0, s2))))
+
+    def unmix(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return p2, the weight of full coherence."""
+        return {"p2": weights[1]}
+
+    def _invariants(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return S_0 and, with `l_max` 2, S_2 / p2, each (shells, ...)."""
         along, beside, rate = self._exponents(params)
         s0 = s2 = torch.zeros_like(rate)
         # One node after the other: tensors stay small, and a compiler fuses all of them.
@@ -132,7 +148,7 @@ class Nexi(SignalModel):
             kernel = karger(params["fn"], along * x2, beside, rate)
             s0 = s0 + weight * kernel
             s2 = s2 + legendre * kernel
-        return s0 if self.l_max == 0 else torch.cat((s0, params["p2"] * s2))
+        return s0, s2 if self.l_max == 2 else None
 
     def jacobian(
         self, params: dict[str, Tensor], inputs: Inputs | None = None
