@@ -52,12 +52,12 @@ def check_declaration(cls: type[SignalModel]) -> None:
                 f"{name} requires {column!r}, which {cls.kind} data do not have; they have "
                 f"{', '.join(columns)}."
             )
+    _check_parameters(cls)
     least = cls.minimum_measurements
     if isinstance(least, bool) or not isinstance(least, Integral) or least < 1:
         raise EngineError(
             f"minimum_measurements of {name} is {least!r}; give a whole number of at least 1."
         )
-    _check_parameters(cls)
 
 
 def _check_parameters(cls: type[SignalModel]) -> None:
