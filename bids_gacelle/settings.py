@@ -42,6 +42,7 @@ class Settings:
     bids_database_dir: Path | None = None
     ignore: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    model_file: tuple[Path, ...] = ()
     combine_dwi: bool = False
     mask: Path | None = None
     atlas: dict[str, Path] = field(default_factory=dict)

@@ -29,6 +29,7 @@ from bids_gacelle.engine import get_model
 from bids_gacelle.errors import InputError
 from bids_gacelle.group import NothingToMerge, merge_tables
 from bids_gacelle.interfaces.base import LOGGER, start_logging, stop_logging
+from bids_gacelle.interfaces.model_files import load_model_files
 from bids_gacelle.interfaces.models import resolve_device
 from bids_gacelle.interfaces.provenance import atlas_digests, fit_hash, input_digests
 from bids_gacelle.interfaces.report import (
@@ -48,6 +49,7 @@ OK, FAILED, NOTHING = 0, 1, 3
 
 def dry_run(settings: Settings) -> int:
     """Print what would be fitted and why the rest would not."""
+    load_model_files(settings.model_file)
     plan = make_plan(settings)
     LOGGER.addHandler(screen := logging.StreamHandler(sys.stdout))
     LOGGER.setLevel(logging.INFO)
@@ -95,11 +97,18 @@ def reports_only(settings: Settings) -> int:
 def participant(settings: Settings, command: Sequence[str], level: int) -> int:
     """Fit every eligible model, write maps, tables and reports, and tell the truth about it."""
     check_output_dir(settings.bids_dir, settings.output_dir)
-    settings = replace(settings, device=resolve_device(settings.device))
+    settings = replace(
+        settings,
+        device=resolve_device(settings.device),
+        model_file=tuple(path.absolute() for path in settings.model_file),
+    )
+    model_files = load_model_files(settings.model_file)
     plan = make_plan(settings)
     run = _start(settings, plan, command, level)
+    run["model_files"] = model_files
     started = time.perf_counter()
     try:
+        _keep_model_files(run)
         plan = check_plan(plan)
         say(plan, LOGGER)
         jobs = eligible(plan)
@@ -167,6 +176,12 @@ def _start(settings: Settings, plan: Plan, command: Sequence[str], level: int) -
         work,
     )
     return run
+
+
+def _keep_model_files(run: dict[str, Any]) -> None:
+    """Keep what the user's models were beside the settings of the run."""
+    for i, (path, text) in enumerate(run["model_files"], 1):
+        write_text(Path(run["log_dir"]) / "model_files" / f"{i}_{Path(path).name}", text)
 
 
 def _execute(settings: Settings, jobs: Sequence[Job], run: dict[str, Any]) -> Exception | None:

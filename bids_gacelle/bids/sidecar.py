@@ -65,6 +65,8 @@ class FitRecord:
     """DOI of the model's paper, as ``doi:10...`` or bare."""
     options: Mapping[str, Any] = field(default_factory=dict)
     shells: Mapping[str, Sequence[float] | None] | None = None
+    model_file: str = ""
+    """Name and digest of the user's file that defines the model, "" for installed ones."""
 
 
 def map_sidecar(
@@ -191,7 +193,8 @@ def _model(record: FitRecord) -> dict[str, Any]:
         "Loss": record.settings.get("loss"),
         **record.options,
     }
-    return {"Name": record.model, "Description": record.title, "Parameters": parameters}
+    about = {"Name": record.model, "Description": record.title, "Parameters": parameters}
+    return about | ({"File": record.model_file} if record.model_file else {})
 
 
 def _acquisition(record: FitRecord) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,11 @@ def _select(parser: argparse.ArgumentParser) -> None:
         help="models to fit, separated by commas (default: every model that the data allow; "
         "--list-models shows them)",
     )
+    _model_file(group)
     group.add_argument(
-        "--list-models", action=_ListModels, nargs=0, help="list the models and what they need"
+        "--list-models",
+        action="store_true",
+        help="list the models, those of --model-file too, and what they need",
     )
     group.add_argument(
         "--bids-filter-file",
@@ -266,14 +270,26 @@ def _run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class _ListModels(argparse.Action):
-    """Print the table of models and stop, as ``--version`` does."""
+def _model_file(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--model-file",
+        action="append",
+        type=argtypes.existing_path,
+        metavar="FILE",
+        help="Python file with signal models of your own, which join the others; may be repeated",
+    )
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from bids_gacelle.interfaces.models import describe_models
 
-        print(describe_models())
-        parser.exit()
+def models_to_list(argv: Sequence[str]) -> list[Path] | None:
+    """Files of models to list beside ours when ``--list-models`` was given, else None.
+
+    Nothing else need be on such a command line, not even a dataset.
+    """
+    if "--list-models" not in argv:
+        return None
+    parser = argparse.ArgumentParser(prog="bids-gacelle", add_help=False, allow_abbrev=False)
+    _model_file(parser)
+    return parser.parse_known_args(argv)[0].model_file or []
 
 
 def settings_from(namespace: argparse.Namespace) -> Settings:

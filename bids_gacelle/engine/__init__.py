@@ -5,7 +5,15 @@ Knows nothing of BIDS, Nipype or files, and needs torch and numpy only.
 
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.fit import fit
-from bids_gacelle.engine.models import Parameter, Reference, SignalModel, get_model, list_models
+from bids_gacelle.engine.models import (
+    Parameter,
+    Reference,
+    SignalModel,
+    get_model,
+    list_models,
+    signal_model,
+    use_models,
+)
 from bids_gacelle.engine.prepare import DwiVolumes, PreparedDwi, prepare_dwi
 from bids_gacelle.engine.result import FLAG_NAMES, FitResult
 from bids_gacelle.engine.scheme import DiffusionScheme, GradientEchoScheme
@@ -25,4 +33,6 @@ __all__ = [
     "get_model",
     "list_models",
     "prepare_dwi",
+    "signal_model",
+    "use_models",
 ]

@@ -14,12 +14,17 @@ def directional(
     function: Callable[..., Tensor], values: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return a function's value and its derivative along `tangents` (forward mode)."""
+    result: tuple[Any, ...]
+    if torch.compiler.is_compiling():
+        # Compilation stops at a change of the warning filters and leaves the rest uncompiled.
+        result = torch.func.jvp(function, values, tangents)
+        return result[0], result[1]
     with warnings.catch_warnings():
         # torch loads its own forward rules through an interface that it deprecates itself.
         warnings.filterwarnings(
             "ignore", message=".*torch.jit.script", category=DeprecationWarning
         )
-        result: tuple[Any, ...] = torch.func.jvp(function, values, tangents)
+        result = torch.func.jvp(function, values, tangents)
     return result[0], result[1]
 
 

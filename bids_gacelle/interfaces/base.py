@@ -12,6 +12,7 @@ from typing import Any
 from nipype.interfaces.base import BaseInterfaceInputSpec, SimpleInterface, traits
 
 from bids_gacelle.errors import InputError
+from bids_gacelle.interfaces.model_files import use_model_files
 from bids_gacelle.settings import Settings
 
 LOGGER = logging.getLogger("bids_gacelle")
@@ -22,7 +23,8 @@ class StepInputSpec(BaseInterfaceInputSpec):
 
     settings = traits.Dict(mandatory=True, desc="the run's settings, as Settings.to_dict gives")
     run = traits.Dict(
-        mandatory=True, desc="log_file, log_level, failures (folders), done (folder), ..."
+        mandatory=True,
+        desc="log_file, log_level, failures (folders), done (folder), model_files, ...",
     )
     series = traits.Dict(mandatory=True, desc="a bids.series.Series as JSON data")
 
@@ -43,6 +45,7 @@ class Step(SimpleInterface):
         settings = Settings.from_dict(self.inputs.settings)
         cwd = Path(runtime.cwd)
         try:
+            use_model_files(run["model_files"])
             try:
                 self._results.update(self.work(settings, cwd))
             except OSError as error:  # what we read and write for the user has its InputError

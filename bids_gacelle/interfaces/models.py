@@ -7,12 +7,28 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bids_gacelle.bids.options import ModelNeeds
-from bids_gacelle.engine import EngineError, get_model, list_models
+from bids_gacelle.engine import EngineError, SignalModel, list_models
+from bids_gacelle.engine import get_model as engine_model
 from bids_gacelle.engine.device import resolve_device as engine_device
 from bids_gacelle.errors import InputError
+from bids_gacelle.interfaces.model_files import model_file
 
 FIT_OPTIONS = ("starts",)
 """Options of ``--set`` that go to the solver instead of the model."""
+
+
+def get_model(name: str) -> type[SignalModel]:
+    """The class of a known model.
+
+    Raises
+    ------
+    InputError
+        An installed package announces it and cannot give it.
+    """
+    try:
+        return engine_model(name)
+    except EngineError as error:
+        raise InputError(str(error)) from error
 
 
 def select_models(names: Iterable[str], solver: str = "lm") -> tuple[str, ...]:
@@ -98,8 +114,9 @@ def describe_models() -> str:
         if model.needs_diffusion_times:
             needs += " with known pulse duration and separation"
         options = ", ".join(f"{k}={v}" for k, v in model.options.items()) or "none"
+        given = model_file(name)
         lines += [
-            f"{name}: {model.title}",
+            f"{name}: {model.title}" + (f" ({given[0]})" if given else ""),
             f"    needs    {needs}",
             f"    maps     {parameters}",
             f"    options  {options}",

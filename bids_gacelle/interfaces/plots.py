@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bids_gacelle.engine import FitResult
+from bids_gacelle.engine import EngineError, FitResult
 
 CURVE_POINTS = 80
 ABSCISSA = {"megre": ("echo_time", 1000.0), "vfa": ("flip_angle", 1.0), "dwi": ("b", 1.0)}
@@ -98,8 +98,11 @@ def _curves(
     for group in groups:
         members = [i for i, g in enumerate(axes["groups"]) if g == group]
         scheme, x, rows = _dense(model, members)
-        dense = type(model)(scheme, **{name: getattr(model, name) for name in model.options})
-        y = _signal(dense, values, inputs)[rows]
+        try:
+            dense = type(model)(scheme, **{name: getattr(model, name) for name in model.options})
+            y = _signal(dense, values, inputs)[rows]
+        except EngineError:
+            continue  # a model may refuse what was not measured, which must not cost the maps
         curves.append({"group": group, "x": x.tolist(), "y": y.tolist()})
     return curves
 

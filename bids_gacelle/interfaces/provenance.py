@@ -12,6 +12,7 @@ from bids_gacelle import __version__
 from bids_gacelle.bids.dataset import bids_uri
 from bids_gacelle.bids.series import Series, Sourced, to_json
 from bids_gacelle.bids.sidecar import FitRecord, estimation_text
+from bids_gacelle.interfaces.model_files import model_file
 from bids_gacelle.settings import Settings
 
 FIT_SETTINGS = ("solver", "noise", "prior", "precision", "random_seed", "b0_threshold")
@@ -69,6 +70,8 @@ def fit_hash(series: Series, model: str, settings: Settings, digests: list[list[
         "files": digests,
         "version": __version__,
     }
+    if given := model_file(model):
+        content["model_file"] = given[1]
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -111,6 +114,7 @@ def fit_record(
         reference=next((r.doi for r in model.references), ""),
         options=settings.model_options.get(model.name, {}),
         shells=shells,
+        model_file=_model_file(model.name),
     )
 
 
@@ -178,11 +182,20 @@ def methods_text(series: Series, model: Any, fitted: dict[str, Any], mask: dict[
         "Standard deviations come from the inverse of the Gauss-Newton Hessian at the optimum and "
         f"{sigma}."
     )
+    given = _model_file(model.name)
+    origin = f" The model was defined by the user in {given}." if given else ""
+    fitted_with = f"bids_gacelle {__version__} ({estimation_text(done)})"
     return (
-        f"{model.title}: {model.description} The data were {images}; {done['n_voxels']:,} voxels "
-        f"{masked} were fitted with bids_gacelle {__version__} ({estimation_text(done)}).{b1} "
+        f"{model.title}: {model.description}{origin} The data were {images}; "
+        f"{done['n_voxels']:,} voxels {masked} were fitted with {fitted_with}.{b1} "
         f"{deviations}"
     )
+
+
+def _model_file(name: str) -> str:
+    """Name and digest of the user's file that defines a model, "" for installed ones."""
+    given = model_file(name)
+    return f"{Path(given[0]).name} (SHA-256 {given[1]})" if given else ""
 
 
 def _entry(name: str, value: Sourced, unit: str) -> dict[str, Any]:
