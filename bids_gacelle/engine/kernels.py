@@ -56,8 +56,12 @@ class Voxels(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Voxels:
         """Apply a function to every tensor."""
-        fixed = [None if t is None else change(t) for t in self[:-1]]
-        return Voxels(*fixed, {name: change(value) for name, value in self.inputs.items()})  # type: ignore[arg-type]
+        changed = {
+            name: None if tensor is None else change(tensor)
+            for name, tensor in zip(self._fields[:-1], self[:-1], strict=True)
+        }
+        inputs = {name: change(value) for name, value in self.inputs.items()}
+        return self._replace(**changed, inputs=inputs)  # type: ignore[arg-type]
 
     def take(self, index: Tensor | slice) -> Voxels:
         """Return the voxels at `index`."""

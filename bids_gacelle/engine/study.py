@@ -149,10 +149,10 @@ class Study:
                 f"weights have shape {array.shape}; they must be {(self.n_measurements,)}, "
                 f"{self.grid} or {(self.n_measurements, *self.grid)}."
             )
-        array = array.astype(np.float64)
-        if not (np.isfinite(array) & (array >= 0)).all():
+        numbers = array.astype(np.float64)
+        if not (np.isfinite(numbers) & (numbers >= 0)).all():
             raise EngineError("weights hold a value that is negative or not finite.")
-        return array
+        return numbers
 
     def _read_scale(
         self, sigma: ArrayLike | Tensor | None, group: ArrayLike | None
