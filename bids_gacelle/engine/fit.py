@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from numbers import Integral
@@ -26,8 +26,10 @@ from bids_gacelle.engine.objective import (
     make_objective,
 )
 from bids_gacelle.engine.physics import rician
+from bids_gacelle.engine.regularise import Regulariser
 from bids_gacelle.engine.result import FitResult, Maps
 from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver
+from bids_gacelle.engine.spatial_fit import EXTRA_STARTS, SpatialPlan, plan_spatial
 from bids_gacelle.engine.study import Block, Study
 from bids_gacelle.engine.uncertainty import Assessor
 
@@ -55,6 +57,8 @@ def fit(
     noise: str = "gaussian",
     loss: str = "l2",
     prior: PriorArgument = None,
+    regularise: Sequence[Regulariser] = (),
+    voxel_size: Sequence[float] | None = None,
     device: str = "auto",
     precision: str = "float32",
     seed: int = 0,
@@ -99,6 +103,13 @@ def fit(
     prior
         None, "weak", or {name: (mean, sd)} in the solver's coordinate (see `Parameter`), each a
         number or a map (*grid).
+    regularise
+        Spatial terms and others that join voxels, see `engine.regularise`: by ADMM for "lm", by
+        gradients of the whole volume for first-order solvers. Estimates then do depend on
+        neighbours; standard deviations are those of each voxel's own data (and prior) at the
+        regularised estimate, without what the neighbours add to the knowledge of it.
+    voxel_size
+        Along each axis of the grid in mm, for spatial terms; None: the same along all.
     device
         "auto" (a working GPU, else the CPU), "cpu", "cuda" or "cuda:0".
     precision
@@ -134,6 +145,7 @@ def fit(
     grid = tuple(np.shape(data)[1:])
     objective = make_objective(model, noise, loss, prior, grid)
     run = get_solver(solver)
+    spatial = plan_spatial(regularise, voxel_size, model, grid, run)
     place = resolve_device(device)
     if precision not in _PRECISIONS:
         raise EngineError(f"Precision {precision!r} is unknown; give float32 or float64.")
@@ -155,18 +167,21 @@ def fit(
             f"This prior, noise or loss needs the noise level, but {model.name} has as many "
             "parameters as there are measurements: give sigma."
         )
-    tuning = _tune(run.settings, model.starts if starts is None else starts, seed, options)
-    tuning = replace(tuning, compiled=compile_wanted(model, study.n * tuning.starts, place))
+    kind = run.settings if spatial is None else spatial.settings
+    tuning = _tune(kind, model.starts if starts is None else starts, seed, options)
+    fits = study.n * (tuning.starts + (0 if spatial is None else EXTRA_STARTS))
+    tuning = replace(tuning, compiled=compile_wanted(model, fits, place))
     fitter = _Fitter(model, objective, run, _PRECISIONS[precision], place, tuning)
     maps = Maps(model, study.n)
     with torch.no_grad(), _full_float32():
-        fitter.fit(study, maps, block_size, progress)
+        trace = fitter.fit(study, maps, block_size, progress, spatial)
     settings = {
         "model": model.name,
         "solver": solver,
         "noise": noise,
         "loss": loss,
         "prior": describe_prior(model, objective.prior),
+        "regularise": None if spatial is None else spatial.describe() | trace.pop("spatial"),
         "device": str(place),
         "precision": precision,
         "seed": seed,
@@ -174,7 +189,8 @@ def fit(
         "options": dict(options or {}),
         "compiled": fitter.compiled,
     }
-    return maps.result(study, settings | _account(study, maps, time.perf_counter() - began))
+    settings |= _account(study, maps, time.perf_counter() - began)
+    return maps.result(study, settings, trace)
 
 
 def _account(study: Study, maps: Maps, seconds: float) -> dict[str, Any]:
@@ -238,11 +254,18 @@ class _Fitter:
         return any(kernel.runs_compiled for kernel in kernels)
 
     def fit(
-        self, study: Study, maps: Maps, block_size: int | None, progress: Progress | None
-    ) -> None:
-        """Fit all blocks and store them."""
+        self,
+        study: Study,
+        maps: Maps,
+        block_size: int | None,
+        progress: Progress | None,
+        spatial: SpatialPlan | None = None,
+    ) -> dict[str, Any]:
+        """Fit all blocks, store them and return what else is to be told of the way."""
         per_voxel = 64 * (study.n_measurements + len(self.model.parameters) * self.settings.starts)
         size = block_size or default_block_size(per_voxel, self.device)
+        if spatial is not None:
+            return spatial.fit(self, study, maps, size, progress)
         done = 0
 
         def work(start: int, stop: int) -> None:
@@ -259,30 +282,37 @@ class _Fitter:
             report(1.0)
 
         for_blocks(study.n, size, work)
+        return {}
 
     def _fit_block(
         self, block: Block, begin: int, maps: Maps, report: Callable[[float], None]
     ) -> None:
-        exact = self._with_noise(block)
-        solution = self.solver.solve(self._problem(self.kernel, exact, report))
+        exact = self.with_noise(block)
+        solution = self.solver.solve(self.problem(self.kernel, exact, report))
         solution = replace(solution, position=solution.position.double())
         where = begin + np.flatnonzero(block.usable)
         for part, ended, verdict in self.assessor.assess(exact, solution, block.shared):
             maps.store(where[part], block.scale[part], self.exact, ended, verdict)
 
-    def _problem(
+    def problem(
         self, kernel: Kernel, exact: Voxels, report: Callable[[float], None] = lambda share: None
     ) -> Problem:
+        """Return the problem of some voxels in the precision of the kernel."""
         voxels = exact.map(lambda tensor: tensor.to(kernel.dtype))
         earlier = self.earlier if kernel is self.kernel else ()
         return Problem(kernel, voxels, self.exact, exact, self.settings, report, earlier)
 
-    def _with_noise(self, block: Block) -> Voxels:
-        """Return the voxels with what the objective needs besides the data."""
+    def with_noise(self, block: Block, variance: Tensor | None = None) -> Voxels:
+        """Return the voxels with what the objective needs besides the data.
+
+        A noise variance that is neither known nor given is estimated.
+        """
         exact = block.voxels
         objective = self.kernel.objective
         if objective.needs_noise and exact.noise_variance is None:
-            exact = exact._replace(noise_variance=self._residual_variance(exact))
+            if variance is None:
+                variance = self._residual_variance(exact)
+            exact = exact._replace(noise_variance=variance)
         if block.prior is not None:
             assert exact.noise_variance is not None
             mean, precision = block.prior
@@ -302,7 +332,7 @@ class _Fitter:
 
         With a loss that is there for outliers, from the median instead of the mean of squares.
         """
-        position = self.solver.solve(self._problem(self.plain, exact)).position.double()
+        position = self.solver.solve(self.problem(self.plain, exact)).position.double()
         plain = Kernel(self.model, self.plain.objective, torch.float64, self.device)
         residual = plain.signal(position, exact.inputs) - exact.data
         if exact.weight is not None:

@@ -47,7 +47,8 @@ class FitResult:
         float32 (*grid): root mean squared residual over root mean squared data.
     trace
         How the solver went: "evaluations" (voxels by number of model evaluations),
-        "mean_evaluations", "winning_start" (voxels by index of the start that won).
+        "mean_evaluations", "winning_start" (voxels by index of the start that won); with spatial
+        terms the "objective" at the start and after every iteration.
     settings
         What was done, ready for JSON.
     """
@@ -141,11 +142,11 @@ class Maps:
             for name, row in zip(self.model.parameter_names, self._at_bound, strict=True)
         }
 
-    def result(self, study: Study, settings: dict[str, Any]) -> FitResult:
+    def result(self, study: Study, settings: dict[str, Any], trace: dict[str, Any]) -> FitResult:
         """Return everything on the grid."""
         usable = self._flags & FLAG_UNUSABLE == 0
         evaluations = self._evaluations[usable]
-        trace = {
+        trace = trace | {
             "evaluations": np.bincount(evaluations).tolist(),
             "mean_evaluations": float(evaluations.mean()) if len(evaluations) else 0.0,
             "winning_start": np.bincount(self._winner[usable]).tolist(),

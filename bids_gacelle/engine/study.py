@@ -17,6 +17,9 @@ from bids_gacelle.engine.objective import Prior
 
 Array = NDArray[np.generic]
 
+# Voxels looked at together where a copy of all data would be too large.
+_AT_ONCE = 1 << 16
+
 
 @dataclass(frozen=True)
 class Block:
@@ -180,10 +183,28 @@ class Study:
             )
         return array.reshape(len(array), -1), number.astype(np.intp)
 
-    def block(self, start: int, stop: int, device: torch.device, model: SignalModel) -> Block:
+    def common_scale(self) -> float:
+        """Return the median over voxels of the largest magnitude, to divide all data by."""
+        largest = [
+            np.abs(self._data[:, index]).max(0)
+            for index in np.array_split(self.index, self.n // _AT_ONCE + 1)
+        ]
+        values = np.concatenate(largest)
+        values = values[np.isfinite(values) & (values > 0)]
+        return float(np.median(values)) if len(values) else 1.0
+
+    def block(
+        self,
+        start: int,
+        stop: int,
+        device: torch.device,
+        model: SignalModel,
+        common_scale: float | None = None,
+    ) -> Block:
         """Return the usable voxels from `start` to `stop` of the mask, normalised.
 
-        The rule for unusable voxels is in the notes of `fit`.
+        The rule for unusable voxels is in the notes of `fit`. Data of models with an amplitude
+        are divided by the largest magnitude of their voxel or, if given, by the common scale.
         """
         index = self.index[start:stop]
         data = self._data[:, index].astype(np.float64)
@@ -206,6 +227,8 @@ class Study:
         data = data[:, usable]
         has_amplitude = any(p.amplitude for p in model.parameters)
         scale = np.abs(data).max(0) if has_amplitude else np.ones(data.shape[1])
+        if has_amplitude and common_scale is not None:
+            scale = np.full(data.shape[1], common_scale)
         weight, variance = None, None
         if sigma is not None:
             weight, variance = _weigh(sigma[..., usable] / scale)
