@@ -203,8 +203,8 @@ class _SpatialFit:
             told, objective, pull = ended.describe(), ended.objective, ended.pull
             position = ended.position
         else:
-            position, told = self._by_gradients(position, unit, terms)
-            objective, pull = told.pop("objective"), None
+            position, told, objective = self._by_gradients(position, unit, terms)
+            pull = None
         self._store(maps, start, position, pull, unit)
         self._report(1.0)
         return {"spatial": told, "objective": objective}
@@ -314,14 +314,24 @@ class _SpatialFit:
 
     def _by_gradients(
         self, position: Tensor, unit: Tensor, terms: list[Term]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Minimise sum of cost / unit + sum of terms over the volume by a first-order solver."""
-        module = importlib.import_module(self.plan.solver.solve.__module__)
-        minimise_whole = getattr(module, "minimise_whole", None)
-        if minimise_whole is None:
-            raise EngineError("This solver takes no regularisers yet: use solver 'lm'.")
-        blocks = [(part.place, self.voxels(part)) for part in self.parts]
-        return minimise_whole(self.kernel, blocks, unit, terms, position, self.fitter.settings)
+    ) -> tuple[Tensor, dict[str, Any], list[float]]:
+        """Minimise over the volume by a first-order solver."""
+        try:
+            module: Any = importlib.import_module("bids_gacelle.engine.solvers.adam")
+        except ModuleNotFoundError as error:
+            raise EngineError("This solver takes no regularisers: use solver 'lm'.") from error
+        settings: Any = self.fitter.settings
+        whole = module.minimise_whole(
+            self.kernel,
+            [(part.place, self.voxels(part)) for part in self.parts],
+            position,
+            unit.to(self.kernel.dtype),
+            terms,
+            settings,
+            lambda share: self._report(_START_SHARE + (0.95 - _START_SHARE) * share),
+        )
+        told = {"iterations": len(whole.trace), "converged": whole.converged}
+        return whole.position(settings.output), told, whole.trace
 
     def _look(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return costs (voxels,) and second derivatives (parameters, voxels) at a position."""

@@ -225,7 +225,9 @@ def minimise_with_terms(
 def _split(term: Term, position: Tensor, curvature: Tensor) -> Split:
     u = term.units(position)
     rows = list(term.parameters)
-    typical = max(float((curvature[rows] * term.scale**2).median()), 1e-30)
+    # A power of two, which no rounding of a sum over measurements changes.
+    median = max(float((curvature[rows] * term.scale**2).median()), 1e-30)
+    typical = 2.0 ** round(math.log2(median))
     rho = min(term.weight / _FIRST_MOVE, typical)
     return Split(term, typical, rho, u, torch.zeros_like(u))
 
