@@ -296,7 +296,7 @@ class _SpatialFit:
                 at = part.place
                 own = self.voxels(part)
                 problem = self._problem(own, pull, at, unit)
-                state = minimise(problem, x[:, at])
+                state = minimise(problem, x[:, at], settings.spatial_evaluations)
                 new[:, at] = state.position
                 fidelity[at] = _without_pull(state.cost, state.position, problem.voxels, own)
             return new, fidelity / unit

@@ -48,12 +48,15 @@ class AdmmSettings(LmSettings):
     spatial_tolerance
         Stop when maps and their regularised copies differ, and the copies change, by less than
         this share of the scale of a parameter (root mean square).
+    spatial_evaluations
+        At most so many model evaluations of a voxel in each iteration, the first of where it is.
     spatial_prox
         Inner iterations of a proximal step.
     """
 
     spatial_iterations: int = 200
     spatial_tolerance: float = 2e-4
+    spatial_evaluations: int = 8
     spatial_prox: int = 50
 
 

@@ -96,7 +96,7 @@ def best_of_starts(end: State, n_starts: int) -> Solution:
     )
 
 
-def minimise(problem: Problem, starts: Tensor) -> State:
+def minimise(problem: Problem, starts: Tensor, most_evaluations: int | None = None) -> State:
     """Return the end state of Levenberg-Marquardt from given starts.
 
     Parameters
@@ -105,15 +105,20 @@ def minimise(problem: Problem, starts: Tensor) -> State:
         Its voxels are fitted, over and over when there are more starts than voxels.
     starts
         (parameters, starts) in solver coordinates; start i belongs to voxel i modulo their number.
+    most_evaluations
+        Stop after fewer evaluations than the settings allow. Those not made count as made: a
+        compiled step is bound to its settings.
     """
-    return _Runner(problem, starts).run()
+    most = problem.settings.max_evaluations
+    spent = most - min(most_evaluations or most, most)
+    return _Runner(problem, starts, spent).run()
 
 
 class _Runner:
     """Feeds a queue of (start, voxel) items through the lanes."""
 
-    def __init__(self, problem: Problem, starts: Tensor) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, starts: Tensor, spent: int) -> None:
+        self.problem, self.spent = problem, spent
         self.starts = starts
         self.n_items = starts.shape[1]
         self.n_voxels = problem.voxels.data.shape[-1]
@@ -172,6 +177,7 @@ class _Runner:
         fresh = _empty_state(self.problem.kernel, len(lanes))
         fresh.position.copy_(self.starts[:, items])
         fresh.running.fill_(True)
+        fresh.evaluations.fill_(self.spent)
         source = self.problem.voxels.take(items % self.n_voxels)
         for target, new in zip(
             (*self.state, *self.lanes.tensors()), (*fresh, *source.tensors()), strict=True
