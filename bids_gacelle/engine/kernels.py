@@ -21,9 +21,13 @@ from bids_gacelle.engine.physics import rician
 logger = logging.getLogger(__name__)
 
 COMPILE_VARIABLE = "BIDS_GACELLE_COMPILE"
-# Lets inductor compute a voxel's measurements inside the loop that sums over them.
+# Let inductor compute a voxel's measurements inside the loop that sums over them, and join the
+# many numbers of a step into one loop over voxels.
 _said: set[str] = set()
-_OPTIONS: dict[str, Any] = {"loop_ordering_after_fusion": True}
+_OPTIONS: dict[str, Any] = {
+    "loop_ordering_after_fusion": True,
+    "max_fusion_size": 2000,
+}
 
 
 class Voxels(NamedTuple):
@@ -337,11 +341,14 @@ class Compiled:
         return self._call(*args)
 
     def _first_call(self, *args: object) -> Any:
+        self._function(*args)  # fills caches of constants, which a trace had better find filled
         try:
             # What torch's own passes warn about concerns nobody here.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compiled = torch.compile(self._function, dynamic=False, options=_OPTIONS)
+                compiled = torch.compile(
+                    self._function, dynamic=False, fullgraph=True, options=_OPTIONS
+                )
                 result = compiled(*args)
         except torch.cuda.OutOfMemoryError:
             raise

@@ -22,7 +22,7 @@ from bids_gacelle.engine.starts import build_dictionary, find_starts
 _FIRST_DAMPING = 0.01
 _FEWEST_LANES = 256
 _REFILL_SHARE = 0.2
-_PASSES = 3
+_PASSES = 2
 # A move by the whole start box is taken to change the cost by at least this share.
 _LEAST_SHARE = 1e-3
 
@@ -321,14 +321,28 @@ class LmStep:
             outside = [
                 f & (z + s != i) for f, z, s, i in zip(free, position, step, inside, strict=True)
             ]
-            if not torch.compiler.is_compiling() and not bool(torch.stack(outside).any()):
+            compiling = torch.compiler.is_compiling()
+            if not compiling and not bool(torch.stack(outside).any()):
                 break
             step = [
                 torch.where(o, i - z, s)
                 for o, i, z, s in zip(outside, inside, position, step, strict=True)
             ]
             free = [f & ~o for f, o in zip(free, outside, strict=True)]
+            if compiling:
+                step, free = [_settle(s) for s in step], [_settle(f) for f in free]
         return step
+
+
+def _settle(tensor: Tensor) -> Tensor:
+    """Make a compiler compute a tensor once instead of inlining its formula wherever it is used.
+
+    Without it the formulas of one pass are inlined into those of the next, and compiling takes
+    minutes.
+    """
+    if tensor.dtype == torch.bool:
+        return _settle(tensor.to(torch.uint8)) > 0
+    return tensor.as_strided(tensor.shape, tensor.stride())
 
 
 class _Symmetric:
