@@ -123,7 +123,8 @@ def make_plan(
     smallest = min(FEWEST, max(n, 1))
     if block_size is None:
         while lanes > least_lanes and need.fixed(lanes) > allowed / 2:
-            if need.fixed(lanes) - need.fixed(lanes // 2) < allowed / 16:
+            saved = need.fixed(lanes) - need.fixed(lanes // 2)
+            if saved < allowed / 16 and need.fixed(lanes) + smallest * each <= allowed:
                 break  # fewer lanes are slower, and little would be won
             lanes //= 2
     if block_size is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +150,10 @@ def _announce(title: str, call: Callable[..., FitResult], data: np.ndarray) -> N
     if n < 20 * PILOT_VOXELS:
         return
     voxels = slice(0, n, n // PILOT_VOXELS)
-    call(data, voxels, None)  # warms up
-    start = time.perf_counter()
-    call(data, voxels, None)
+    with _quiet_engine():
+        call(data, voxels, None)  # warms up
+        start = time.perf_counter()
+        call(data, voxels, None)
     seconds = (time.perf_counter() - start) * n / len(range(*voxels.indices(n)))
     LOGGER.info(
         "%s: %s voxels, about %s.",
@@ -158,6 +161,18 @@ def _announce(title: str, call: Callable[..., FitResult], data: np.ndarray) -> N
         f"{n:,}",
         f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min",
     )
+
+
+@contextmanager
+def _quiet_engine() -> Iterator[None]:
+    """Keep what the engine says of small fits out of the log."""
+    logger = logging.getLogger("bids_gacelle.engine")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _progress(title: str) -> Callable[[Progress], None]:

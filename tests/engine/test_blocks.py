@@ -73,7 +73,7 @@ def assert_identical(one, other):
     ],
 )
 def test_maps_do_not_depend_on_the_size_of_blocks(name, extra):
-    n = 700
+    n = 300 if name == "nexi" else 700
     model = make_model(name)
     inputs = draw_inputs(model, n, 3)
     data = noisy(model, draw(model, n, 4), 0.02, 5, inputs)
@@ -83,7 +83,7 @@ def test_maps_do_not_depend_on_the_size_of_blocks(name, extra):
     options["inputs"] = {k: v.numpy() for k, v in inputs.items()}
     whole = fit(model, data, block_size=n, **options)
     assert whole.settings["blocks"] == 1
-    for size in (37, 256):
+    for size in (37, 128):
         assert_identical(fit(model, data, block_size=size, **options), whole)
 
 
@@ -192,7 +192,7 @@ def test_blocks_are_as_large_as_the_limit_allows():
     assert tight.predicted <= 25 * 10**6
     assert tight.n_blocks > free.n_blocks
     assert plan(10**6, limit=25 * 10**6, ahead=True).block_size < tight.block_size
-    assert plan(10**6, limit=19 * 10**6).lanes == 256  # fewer lanes leave room for a block
+    assert plan(10**6, limit=18 * 10**6).lanes == 256  # fewer lanes leave room for a block
     own = plan(10**6, block_size=10**5, limit=1)
     assert (own.block_size, own.limit) == (10**5, None)
     assert plan(100_000, n_devices=2).n_blocks == 8
@@ -234,7 +234,7 @@ def test_eight_times_the_memory_limit_gives_the_same_maps_and_stays_below_it(tmp
     script = Path(__file__).parents[2] / "benchmarks" / "streaming.py"
     environment = os.environ | {COMPILE_VARIABLE: "never", "OMP_NUM_THREADS": "1"}
     for model, more in {
-        "r2star": ["--voxels", "600000", "--times", "8", "--dictionary", "64"],
+        "r2star": ["--voxels", "800000", "--times", "8", "--dictionary", "64"],
         "nexi": ["--voxels", "20000", "--times", "1.4", "--dictionary", "64"],
     }.items():
         out = tmp_path / f"{model}.json"
@@ -551,11 +551,13 @@ def test_finished_blocks_of_an_interrupted_fit_are_usable(device):
 
 def test_control_c_in_the_terminal_ends_a_running_block():
     """The signal comes while the solver works, not in a callback."""
-    model, data = r2star(3_000_000 // 10)
-    timer = threading.Timer(0.3, _thread.interrupt_main)
+    model, data = r2star(200_000)
+    begun = threading.Event()
+    timer = threading.Thread(target=lambda: begun.wait() and _thread.interrupt_main())
     timer.start()
     with pytest.raises(FitInterrupted) as caught:
-        fit(model, np.tile(data, 10), block_size=100_000)
+        fit(model, data, block_size=100_000, progress=lambda progress: begun.set())
+    timer.join()
     assert (caught.value.result.flags == 8).sum() >= 100_000
 
 
