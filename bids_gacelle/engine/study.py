@@ -93,7 +93,7 @@ class Block:
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors on the device."""
-        shared = [] if self.shared is None else [self.shared.sigma]
+        shared = [] if self.shared is None else [self.shared.sigma, self.shared.group]
         return [*self.voxels.tensors(), *(self.prior or ()), *shared, self.scale]
 
 
