@@ -197,7 +197,8 @@ def _fit(parser: argparse.ArgumentParser) -> None:
         help="options of a model, e.g. nexi.l_max=2 nexi.starts=8",
     )
     group.add_argument(
-        "--device", help="auto (default), cpu, cuda or cuda:N; a device that is absent is an error"
+        "--device",
+        help="auto (default), cpu, cuda, cuda:N or cuda:all; one that is absent is an error",
     )
     group.add_argument("--precision", choices=CHOICES["precision"], help="default: float32")
     group.add_argument("--random-seed", type=int, metavar="N", help="default: 0")

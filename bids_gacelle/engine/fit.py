@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from numbers import Integral
@@ -11,13 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from bids_gacelle.engine.blocks import default_block_size, for_blocks
-from bids_gacelle.engine.device import resolve_device
-from bids_gacelle.engine.errors import EngineError
+from bids_gacelle.engine.blocks import (
+    Feeder,
+    Link,
+    Plan,
+    Progress,
+    Queue,
+    Tally,
+    for_blocks,
+    make_plan,
+    share,
+)
+from bids_gacelle.engine.device import resolve_devices
+from bids_gacelle.engine.errors import EngineError, FitInterrupted
 from bids_gacelle.engine.kernels import Kernel, Voxels, compile_wanted
+from bids_gacelle.engine.memory import Watch, footprint
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.objective import (
     Objective,
@@ -26,8 +39,10 @@ from bids_gacelle.engine.objective import (
     make_objective,
 )
 from bids_gacelle.engine.physics import rician
-from bids_gacelle.engine.result import FitResult, Maps
+from bids_gacelle.engine.result import BlockMaps, BlockResult, FitResult, Maps
 from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver
+from bids_gacelle.engine.solvers.base import default_lanes
+from bids_gacelle.engine.starts import CHUNK
 from bids_gacelle.engine.study import Block, Study
 from bids_gacelle.engine.uncertainty import Assessor
 
@@ -37,8 +52,9 @@ _PRECISIONS = {
 }
 # Half widths of 95 % intervals in standard deviations, where 1.96 is far too small.
 _STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18}
+_FEWEST_LANES = 256
 
-Progress = Callable[[int, int], None]
+logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -55,12 +71,13 @@ def fit(
     noise: str = "gaussian",
     loss: str = "l2",
     prior: PriorArgument = None,
-    device: str = "auto",
+    device: str | Sequence[str] = "auto",
     precision: str = "float32",
     seed: int = 0,
     starts: int | None = None,
     block_size: int | None = None,
-    progress: Progress | None = None,
+    memory_limit: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Fit a model to every voxel of a mask.
@@ -70,7 +87,8 @@ def fit(
     model
         An instance of a `SignalModel`.
     data
-        (measurements, *grid), real.
+        (measurements, *grid), real: array, tensor, memory map, or anything that has a shape, a
+        dtype and slices, such as an ArrayProxy of nibabel. It is never copied as a whole.
     mask
         (*grid); all voxels when left out.
     sigma
@@ -100,7 +118,8 @@ def fit(
         None, "weak", or {name: (mean, sd)} in the solver's coordinate (see `Parameter`), each a
         number or a map (*grid).
     device
-        "auto" (a working GPU, else the CPU), "cpu", "cuda" or "cuda:0".
+        "auto" (a working GPU, else the CPU), "cpu", "cuda", "cuda:0", "cuda:all", or several
+        names: blocks then go to whichever device is free.
     precision
         "float32" or "float64" of the solver; uncertainties are always computed in float64.
     seed
@@ -108,9 +127,13 @@ def fit(
     starts
         Starts per voxel; None: what the model recommends.
     block_size
-        Voxels on the device at once; None: by memory. Maps do not depend on it.
+        Voxels on a device at once; None: by memory. Maps do not depend on it.
+    memory_limit
+        Bytes to take on each device, the host's when that is the CPU, beside the arrays given and
+        the maps. None: half of the free memory of a GPU, 512 MiB on the CPU.
     progress
-        Called with (voxels done, voxels in all), both increasing to the number in the mask.
+        Called with a `Progress` whose `done` increases to the voxels in the mask; with several
+        devices from their threads, one at a time.
     options
         Fields of `solvers.Settings`, such as {"ftol": 1e-8}.
 
@@ -121,7 +144,10 @@ def fit(
     Raises
     ------
     EngineError
-        An argument is unknown, or a shape does not match.
+        An argument is unknown, a shape does not match, or the memory limit is too small.
+    FitInterrupted
+        Instead of KeyboardInterrupt, at Ctrl-C. Its `result` has the blocks that were finished;
+        other voxels are NaN and flagged 8.
 
     Notes
     -----
@@ -134,11 +160,13 @@ def fit(
     grid = tuple(np.shape(data)[1:])
     objective = make_objective(model, noise, loss, prior, grid)
     run = get_solver(solver)
-    place = resolve_device(device)
+    places = resolve_devices(device)
     if precision not in _PRECISIONS:
         raise EngineError(f"Precision {precision!r} is unknown; give float32 or float64.")
     if block_size is not None and block_size < 1:
         raise EngineError(f"block_size must be positive, got {block_size}.")
+    if memory_limit is not None and memory_limit < 1:
+        raise EngineError(f"memory_limit must be positive, got {memory_limit}.")
     study = Study(
         model,
         data,
@@ -156,25 +184,83 @@ def fit(
             "parameters as there are measurements: give sigma."
         )
     tuning = _tune(run.settings, model.starts if starts is None else starts, seed, options)
-    tuning = replace(tuning, compiled=compile_wanted(model, study.n * tuning.starts, place))
-    fitter = _Fitter(model, objective, run, _PRECISIONS[precision], place, tuning)
-    maps = Maps(model, study.n)
-    with torch.no_grad(), _full_float32():
-        fitter.fit(study, maps, block_size, progress)
+    tuning = replace(tuning, compiled=compile_wanted(model, study.n * tuning.starts, places[0]))
     settings = {
         "model": model.name,
         "solver": solver,
         "noise": noise,
         "loss": loss,
         "prior": describe_prior(model, objective.prior),
-        "device": str(place),
+        "device": ", ".join(str(place) for place in places),
         "precision": precision,
         "seed": seed,
         "starts": tuning.starts,
         "options": dict(options or {}),
-        "compiled": fitter.compiled,
     }
-    return maps.result(study, settings | _account(study, maps, time.perf_counter() - began))
+    maps = Maps(model, study.n)
+    with torch.no_grad(), _full_float32():
+        fitters = [
+            _Fitter(model, objective, run, _PRECISIONS[precision], place, tuning)
+            for place in places
+        ]
+        plan = _plan(fitters, study, memory_limit, block_size)
+        logger.info("%s: %s on %s.", model.name, plan, settings["device"])
+        watch = Watch(places)
+        stopped = _fit_all(fitters, study, maps, plan, watch, progress)
+    settings |= {"compiled": any(fitter.compiled for fitter in fitters)}
+    settings |= _account(study, maps, time.perf_counter() - began) | _memory(plan, watch)
+    if stopped is None:
+        return maps.result(study, settings)
+    maps.forget_unfinished()
+    raise FitInterrupted(
+        f"The fit was interrupted after {maps.n_finished:,} of {study.n:,} voxels.",
+        maps.result(study, settings | {"interrupted": True, "n_finished": maps.n_finished}),
+    ) from stopped
+
+
+def _plan(fitters: list[_Fitter], study: Study, limit: int | None, block_size: int | None) -> Plan:
+    """Return one plan for all devices, that of the one with the least memory."""
+    plans = [fitter.plan(study, limit, block_size, len(fitters)) for fitter in fitters]
+    plan = min(plans, key=lambda plan: plan.block_size)
+    for fitter in fitters:
+        fitter.follow(plan)
+    return plan
+
+
+def _fit_all(
+    fitters: list[_Fitter],
+    study: Study,
+    maps: Maps,
+    plan: Plan,
+    watch: Watch,
+    progress: Callable[[Progress], None] | None,
+) -> KeyboardInterrupt | None:
+    """Fill the maps, block by block on all devices; return what the user interrupted it with."""
+
+    def converged() -> float:
+        return maps.converged / maps.fitted if maps.fitted else float("nan")
+
+    queue, tally = Queue(study.n), Tally(study.n, converged, progress)
+    workers = [
+        functools.partial(fitter.fit, study, maps, queue, plan.block_size, tally, watch)
+        for fitter in fitters
+    ]
+    try:
+        share(workers, queue)
+        tally.end()
+    except KeyboardInterrupt as stopped:
+        return stopped
+    return None
+
+
+def _memory(plan: Plan, watch: Watch) -> dict[str, Any]:
+    return {
+        "blocks": plan.n_blocks,
+        "block_size": plan.block_size,
+        "memory_limit": plan.limit,
+        "memory_predicted": plan.predicted,
+        "memory_peak": watch.peak(),
+    }
 
 
 def _account(study: Study, maps: Maps, seconds: float) -> dict[str, Any]:
@@ -229,7 +315,7 @@ class _Fitter:
         self.earlier, self.kernel = tuple(earlier), last
         self.exact = Kernel(model, objective, torch.float64, device)
         self.plain = kernel(objective.plain())
-        self.assessor = Assessor(self.exact, compiled=settings.compiled)
+        self.link = Link(device)
 
     @property
     def compiled(self) -> bool:
@@ -237,38 +323,94 @@ class _Fitter:
         kernels = (*self.earlier, self.kernel, self.plain)
         return any(kernel.runs_compiled for kernel in kernels)
 
+    def plan(
+        self, study: Study, limit: int | None, block_size: int | None, n_devices: int
+    ) -> Plan:
+        """Return how to cut the voxels into blocks."""
+        lanes = self.settings.lanes
+        return make_plan(
+            study.n,
+            footprint(self.kernel, study, self.solver, self.settings),
+            device=self.device,
+            limit=limit,
+            block_size=block_size,
+            lanes=lanes or default_lanes(self.device),
+            least_lanes=lanes or _FEWEST_LANES,
+            ahead=self.reads_ahead(study),
+            n_devices=n_devices,
+        )
+
+    def follow(self, plan: Plan) -> None:
+        """Work on no more voxels at once than planned."""
+        self.settings = replace(self.settings, lanes=plan.lanes)
+        self.assessor = Assessor(self.exact, compiled=self.settings.compiled, lanes=plan.lanes)
+
+    def reads_ahead(self, study: Study) -> bool:
+        """Whether to read a block while another is fitted: not if both need the same processor."""
+        return self.device.type == "cuda" or study.on_disk
+
+    def blocks(self, study: Study, size: int) -> Iterator[tuple[slice, Block]]:
+        """Yield slices of the voxels in the mask with their block on the device."""
+        queue = Queue(study.n)
+        with Feeder(study, self.link, queue, size, ahead=self.reads_ahead(study)) as feeder:
+            while (item := feeder.take()) is not None:
+                yield slice(item[0], item[1]), item[2]
+                item = None
+
     def fit(
-        self, study: Study, maps: Maps, block_size: int | None, progress: Progress | None
+        self, study: Study, maps: Maps, queue: Queue, size: int, tally: Tally, watch: Watch
     ) -> None:
-        """Fit all blocks and store them."""
-        per_voxel = 64 * (study.n_measurements + len(self.model.parameters) * self.settings.starts)
-        size = block_size or default_block_size(per_voxel, self.device)
-        done = 0
+        """Fit blocks until none are left, and store them."""
+        finish: Callable[[], None] | None = None
 
-        def work(start: int, stop: int) -> None:
+        def work(start: int, stop: int, block: Block) -> None:
+            nonlocal finish
+
             def report(share: float) -> None:
-                nonlocal done
-                now = start + int(share * (stop - start))
-                if progress is not None and now > done:
-                    done = now
-                    progress(done, study.n)
+                queue.check()
+                watch.look()
+                tally.running(start, stop, share)
 
-            block = study.block(start, stop, self.device, self.model)
-            if block.usable.any():
-                self._fit_block(block, start, maps, report)
-            report(1.0)
+            try:
+                result = self._fit_block(block, report) if block.usable.any() else None
+            except BaseException:
+                tally.dropped(start)
+                raise
+            watch.look()
+            fetched = None if result is None else self.link.fetch(result)
+            last, finish = finish, store(start, block.usable, fetched)
+            if last is not None:
+                last()
 
-        for_blocks(study.n, size, work)
+        def store(
+            start: int, usable: NDArray[np.bool_], fetched: Callable[[], list[Tensor]] | None
+        ) -> Callable[[], None]:
+            def now() -> None:
+                result = None if fetched is None else BlockResult(*fetched())
+                maps.put(start, usable, result)
+                tally.finished(start, len(usable))
 
-    def _fit_block(
-        self, block: Block, begin: int, maps: Maps, report: Callable[[float], None]
-    ) -> None:
-        exact = self._with_noise(block)
+            return now
+
+        # A new thread computes gradients unless told otherwise.
+        with (
+            torch.no_grad(),
+            Feeder(study, self.link, queue, size, ahead=self.reads_ahead(study)) as feeder,
+        ):
+            try:
+                for_blocks(feeder, work)
+            finally:
+                if finish is not None:
+                    finish()
+
+    def _fit_block(self, block: Block, report: Callable[[float], None]) -> BlockResult:
+        exact = self.with_noise(block)
         solution = self.solver.solve(self._problem(self.kernel, exact, report))
         solution = replace(solution, position=solution.position.double())
-        where = begin + np.flatnonzero(block.usable)
+        maps = BlockMaps(self.model, exact.data.shape[-1], self.device)
         for part, ended, verdict in self.assessor.assess(exact, solution, block.shared):
-            maps.store(where[part], block.scale[part], self.exact, ended, verdict)
+            maps.store(part, block.scale[part], self.exact, ended, verdict)
+        return maps.result
 
     def _problem(
         self, kernel: Kernel, exact: Voxels, report: Callable[[float], None] = lambda share: None
@@ -277,7 +419,7 @@ class _Fitter:
         earlier = self.earlier if kernel is self.kernel else ()
         return Problem(kernel, voxels, self.exact, exact, self.settings, report, earlier)
 
-    def _with_noise(self, block: Block) -> Voxels:
+    def with_noise(self, block: Block) -> Voxels:
         """Return the voxels with what the objective needs besides the data."""
         exact = block.voxels
         objective = self.kernel.objective
@@ -289,13 +431,18 @@ class _Fitter:
             exact = exact._replace(target=mean, stiffness=precision * exact.noise_variance)
         if self.kernel.averages is not None:
             # Averages of magnitudes vary less near the noise floor than far above it.
-            averages = self.kernel.averages.double()
-            variance = exact.variance() * averages.clamp_min(1.0)
-            varies = rician.spread(rician.invert_mean(exact.data, variance), variance) / variance
-            varies = torch.where(averages > 0, varies, 1.0)
-            weight = 1 / varies if exact.weight is None else exact.weight / varies
+            weight = torch.cat([self._relative_weight(part) for part in _chunks(exact)], -1)
             exact = exact._replace(weight=weight)
         return exact
+
+    def _relative_weight(self, exact: Voxels) -> Tensor:
+        """Return inverse variances of averages of magnitudes."""
+        assert self.kernel.averages is not None
+        averages = self.kernel.averages.double()
+        variance = exact.variance() * averages.clamp_min(1.0)
+        varies = rician.spread(rician.invert_mean(exact.data, variance), variance) / variance
+        varies = torch.where(averages > 0, varies, 1.0)
+        return 1 / varies if exact.weight is None else exact.weight / varies
 
     def _residual_variance(self, exact: Voxels) -> Tensor:
         """Return the noise variance of each voxel from a plain least-squares fit.
@@ -304,6 +451,15 @@ class _Fitter:
         """
         position = self.solver.solve(self._problem(self.plain, exact)).position.double()
         plain = Kernel(self.model, self.plain.objective, torch.float64, self.device)
+        n = exact.data.shape[-1]
+        variances = []
+        for begin in range(0, n, CHUNK):
+            # Padded to one size: sums over measurements must not depend on the number of voxels.
+            index = torch.arange(begin, begin + CHUNK, device=self.device).clamp_max(n - 1)
+            variances.append(self._variance(plain, position[:, index], exact.take(index)))
+        return torch.cat(variances)[:n]
+
+    def _variance(self, plain: Kernel, position: Tensor, exact: Voxels) -> Tensor:
         residual = plain.signal(position, exact.inputs) - exact.data
         if exact.weight is not None:
             residual = residual * exact.weight.sqrt()
@@ -313,6 +469,12 @@ class _Fitter:
         # 1.4826: from the median absolute deviation to the standard deviation of normal noise.
         median = 1.4826 * residual.abs().quantile(0.5, dim=0)
         return (median**2 * (m / degrees)).clamp_min(1e-12)
+
+
+def _chunks(voxels: Voxels) -> Iterator[Voxels]:
+    """Yield pieces whose intermediate values take little memory."""
+    for begin in range(0, voxels.data.shape[-1], CHUNK):
+        yield voxels.take(slice(begin, begin + CHUNK))
 
 
 def _tune(

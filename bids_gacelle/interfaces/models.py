@@ -9,7 +9,7 @@ from typing import Any
 from bids_gacelle.bids.options import ModelNeeds
 from bids_gacelle.engine import EngineError, SignalModel, list_models
 from bids_gacelle.engine import get_model as engine_model
-from bids_gacelle.engine.device import resolve_device as engine_device
+from bids_gacelle.engine.device import resolve_devices
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.model_files import model_file
 
@@ -125,7 +125,7 @@ def describe_models() -> str:
 
 
 def resolve_device(device: str) -> str:
-    """The device that ``--device`` means on this machine: ``cpu`` or ``cuda:N``.
+    """The device that ``--device`` means on this machine: ``cpu``, ``cuda:N`` or ``cuda:all``.
 
     Raises
     ------
@@ -133,6 +133,7 @@ def resolve_device(device: str) -> str:
         The device is not there.
     """
     try:
-        return str(engine_device(device))
+        devices = resolve_devices(device)
+        return str(devices[0]) if len(devices) == 1 else device
     except ValueError as error:
         raise InputError(f"--device {device}: {error}") from error

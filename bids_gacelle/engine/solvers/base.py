@@ -113,10 +113,16 @@ class Solver:
         From a problem, whose settings are of the class `settings`, to its solution.
     settings
         Class of the settings, with defaults.
+    kept
+        From the number of parameters to how many numbers it keeps for every start of a voxel.
+    copies
+        How many arrays (parameters, measurements, voxels) in double precision it makes.
     """
 
     solve: Callable[[Problem], Solution]
     settings: type[Settings] = Settings
+    kept: Callable[[int], int] = lambda n: 2 * n + n * (n + 1) // 2 + 4
+    copies: int = 0
 
 
 def default_lanes(device: torch.device) -> int:
