@@ -32,17 +32,16 @@ from bids_gacelle.engine.errors import EngineError, FitInterrupted
 from bids_gacelle.engine.kernels import Kernel, Voxels, compile_wanted
 from bids_gacelle.engine.memory import Watch, footprint
 from bids_gacelle.engine.models.base import SignalModel
+from bids_gacelle.engine.noise import complete
 from bids_gacelle.engine.objective import (
     Objective,
     PriorArgument,
     describe_prior,
     make_objective,
 )
-from bids_gacelle.engine.physics import rician
 from bids_gacelle.engine.result import BlockMaps, BlockResult, FitResult, Maps
 from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver
 from bids_gacelle.engine.solvers.base import default_lanes
-from bids_gacelle.engine.starts import CHUNK
 from bids_gacelle.engine.study import Block, Study
 from bids_gacelle.engine.uncertainty import Assessor
 
@@ -314,13 +313,13 @@ class _Fitter:
         *earlier, last = (kernel(stage) for stage in objective.stages())
         self.earlier, self.kernel = tuple(earlier), last
         self.exact = Kernel(model, objective, torch.float64, device)
-        self.plain = kernel(objective.plain())
+        self.plain: dict[Objective, Kernel] = {}
         self.link = Link(device)
 
     @property
     def compiled(self) -> bool:
         """Whether compiled code was run."""
-        kernels = (*self.earlier, self.kernel, self.plain)
+        kernels = (*self.earlier, self.kernel, *self.plain.values())
         return any(kernel.runs_compiled for kernel in kernels)
 
     def plan(
@@ -421,60 +420,15 @@ class _Fitter:
 
     def with_noise(self, block: Block) -> Voxels:
         """Return the voxels with what the objective needs besides the data."""
-        exact = block.voxels
-        objective = self.kernel.objective
-        if objective.needs_noise and exact.noise_variance is None:
-            exact = exact._replace(noise_variance=self._residual_variance(exact))
-        if block.prior is not None:
-            assert exact.noise_variance is not None
-            mean, precision = block.prior
-            exact = exact._replace(target=mean, stiffness=precision * exact.noise_variance)
-        if self.kernel.averages is not None:
-            # Averages of magnitudes vary less near the noise floor than far above it.
-            weight = torch.cat([self._relative_weight(part) for part in _chunks(exact)], -1)
-            exact = exact._replace(weight=weight)
-        return exact
+        return complete(self.kernel, block, self._solve_plain)
 
-    def _relative_weight(self, exact: Voxels) -> Tensor:
-        """Return inverse variances of averages of magnitudes."""
-        assert self.kernel.averages is not None
-        averages = self.kernel.averages.double()
-        variance = exact.variance() * averages.clamp_min(1.0)
-        varies = rician.spread(rician.invert_mean(exact.data, variance), variance) / variance
-        varies = torch.where(averages > 0, varies, 1.0)
-        return 1 / varies if exact.weight is None else exact.weight / varies
-
-    def _residual_variance(self, exact: Voxels) -> Tensor:
-        """Return the noise variance of each voxel from a plain least-squares fit.
-
-        With a loss that is there for outliers, from the median instead of the mean of squares.
-        """
-        position = self.solver.solve(self._problem(self.plain, exact)).position.double()
-        plain = Kernel(self.model, self.plain.objective, torch.float64, self.device)
-        n = exact.data.shape[-1]
-        variances = []
-        for begin in range(0, n, CHUNK):
-            # Padded to one size: sums over measurements must not depend on the number of voxels.
-            index = torch.arange(begin, begin + CHUNK, device=self.device).clamp_max(n - 1)
-            variances.append(self._variance(plain, position[:, index], exact.take(index)))
-        return torch.cat(variances)[:n]
-
-    def _variance(self, plain: Kernel, position: Tensor, exact: Voxels) -> Tensor:
-        residual = plain.signal(position, exact.inputs) - exact.data
-        if exact.weight is not None:
-            residual = residual * exact.weight.sqrt()
-        m, degrees = len(residual), len(residual) - len(position)
-        if self.kernel.objective.loss == "l2":
-            return (residual**2).sum(0) / degrees
-        # 1.4826: from the median absolute deviation to the standard deviation of normal noise.
-        median = 1.4826 * residual.abs().quantile(0.5, dim=0)
-        return (median**2 * (m / degrees)).clamp_min(1e-12)
-
-
-def _chunks(voxels: Voxels) -> Iterator[Voxels]:
-    """Yield pieces whose intermediate values take little memory."""
-    for begin in range(0, voxels.data.shape[-1], CHUNK):
-        yield voxels.take(slice(begin, begin + CHUNK))
+    def _solve_plain(self, objective: Objective, exact: Voxels) -> Tensor:
+        """Return the optimum of another objective, in double precision."""
+        if objective not in self.plain:
+            kernel = self.kernel
+            self.plain[objective] = Kernel(self.model, objective, kernel.dtype, kernel.device)
+        problem = self._problem(self.plain[objective], exact)
+        return self.solver.solve(problem).position.double()
 
 
 def _tune(

@@ -46,6 +46,9 @@ class Voxels(NamedTuple):
     target, stiffness
         (parameters, voxels) where quadratic terms pull each solver coordinate, and how strongly,
         in squared units of the data; None: nowhere.
+    channel_variance
+        (measurements or 1, voxels) noise variance of one channel of a single magnitude, for
+        Rician noise.
     inputs
         Voxel inputs of the model, each (voxels,).
     """
@@ -56,6 +59,7 @@ class Voxels(NamedTuple):
     emphasis: Tensor | None = None
     target: Tensor | None = None
     stiffness: Tensor | None = None
+    channel_variance: Tensor | None = None
     inputs: dict[str, Tensor] = {}  # noqa: RUF012
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Voxels:
@@ -242,10 +246,9 @@ class Kernel:
         signal, columns = self.signal_and_jacobian(position, voxels.inputs)
         if self.averages is None:
             return signal, columns
-        # The variance of a measurement is that of the average; a count of 0 is no magnitude.
-        variance = voxels.variance() * self.averages.clamp_min(1.0)
-        mean, slope = rician.mean(signal, variance)
-        is_magnitude = self.averages > 0
+        assert voxels.channel_variance is not None
+        mean, slope = rician.mean(signal, voxels.channel_variance)
+        is_magnitude = self.averages > 0  # a count of 0 is no magnitude
         slope = torch.where(is_magnitude, slope, 1.0)
         return torch.where(is_magnitude, mean, signal), [c * slope for c in columns]
 
@@ -253,7 +256,8 @@ class Kernel:
         """Return the loss of each measurement, without weights."""
         objective = self.objective
         if objective.noise == "rician" and self.averages is None:
-            return Misfit(*rician.likelihood(expected, voxels.data, voxels.variance()))
+            assert voxels.channel_variance is not None
+            return Misfit(*rician.likelihood(expected, voxels.data, voxels.channel_variance))
         sd = None if objective.loss == "l2" else voxels.variance().sqrt()
         return objective.misfit(expected - voxels.data, sd)
 

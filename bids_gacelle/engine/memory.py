@@ -104,6 +104,7 @@ def _probe(kernel: Kernel, study: Study) -> int:
         data=data,
         weight=data if study.arrays > 1 else None,
         noise_variance=ones if kernel.objective.needs_noise else None,
+        channel_variance=ones[None] if kernel.objective.noise == "rician" else None,
         inputs=dict.fromkeys(study.inputs, ones),
     )
     position = torch.tensor(middle, dtype=kernel.dtype, device=kernel.device)[:, None] * ones

@@ -146,7 +146,8 @@ class Assessor:
         weight = voxels.weight
         if self.kernel.objective.noise == "rician" and self.kernel.averages is None:
             # What the mean of a magnitude tells of its signal: a little less than all.
-            variance = voxels.variance()
+            variance = voxels.channel_variance
+            assert variance is not None
             _, slope = rician.mean(expected, variance)
             told = slope**2 * variance / rician.spread(expected, variance)
             weight = told if weight is None else weight * told
