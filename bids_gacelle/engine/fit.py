@@ -89,7 +89,8 @@ def fit(
     inputs
         Voxel inputs of the model, (*grid) each; those left out take the model's default.
     solver
-        "lm" (least squares, or maximum a posteriori with a prior) or "linear" (closed form).
+        "lm" (least squares, or maximum a posteriori with a prior), "adam", "sgdm" or "rmsprop"
+        (first-order, see `solvers.adam`), or "linear" (closed form).
     noise
         "gaussian", or "rician" for magnitudes: the exact likelihood of single ones; of averages
         over `model.averages` magnitudes the mean and variance. `sigma` is then that of the
@@ -112,7 +113,8 @@ def fit(
     progress
         Called with (voxels done, voxels in all), both increasing to the number in the mask.
     options
-        Fields of `solvers.Settings`, such as {"ftol": 1e-8}.
+        Fields of the solver's settings (`solvers.Settings`, `solvers.lm.LmSettings`,
+        `solvers.adam.AdamSettings`), such as {"ftol": 1e-8}.
 
     Returns
     -------
@@ -156,7 +158,8 @@ def fit(
             "parameters as there are measurements: give sigma."
         )
     tuning = _tune(run.settings, model.starts if starts is None else starts, seed, options)
-    tuning = replace(tuning, compiled=compile_wanted(model, study.n * tuning.starts, place))
+    fits = study.n * tuning.starts * run.effort
+    tuning = replace(tuning, compiled=compile_wanted(model, fits, place))
     fitter = _Fitter(model, objective, run, _PRECISIONS[precision], place, tuning)
     maps = Maps(model, study.n)
     with torch.no_grad(), _full_float32():

@@ -108,9 +108,10 @@ class Nexi(SignalModel):
         self.linear = ("p2",) if l_max == 2 else ()
         sharpest = float(scheme.b.max()) * _FITTED[1].bounds[1]
         # Six nodes err by 2e-6, far below any noise: enough for single-precision fits.
+        # Plain numbers: compilation stops at what it would have to ask an array for.
         self._rules = {
-            torch.float32: powder_rule(sharpest, 6),
-            torch.float64: powder_rule(sharpest, 8),
+            dtype: [array.tolist() for array in powder_rule(sharpest, n)]
+            for dtype, n in ((torch.float32, 6), (torch.float64, 8))
         }
 
     @property
@@ -191,5 +192,5 @@ class Nexi(SignalModel):
         without a kink where neurites vanish.
         """
         nodes, weights = self._rules.get(like.dtype, self._rules[torch.float64])
-        for x, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+        for x, weight in zip(nodes, weights, strict=True):
             yield x * x, weight, -weight * legendre2(x)

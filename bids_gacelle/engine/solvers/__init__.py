@@ -9,6 +9,9 @@ from bids_gacelle.engine.solvers.base import Problem, Settings, Solution, Solver
 
 SOLVERS: dict[str, str] = {
     "lm": "bids_gacelle.engine.solvers.lm:LM",
+    "adam": "bids_gacelle.engine.solvers.adam:ADAM",
+    "sgdm": "bids_gacelle.engine.solvers.adam:SGDM",
+    "rmsprop": "bids_gacelle.engine.solvers.adam:RMSPROP",
     "linear": "bids_gacelle.engine.solvers.linear:LINEAR",
 }
 

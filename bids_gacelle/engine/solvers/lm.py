@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.kernels import Kernel, Voxels, packed
-from bids_gacelle.engine.solvers.base import Problem, Settings, Solution, Solver, default_lanes
+from bids_gacelle.engine.solvers.base import (
+    Ends,
+    Problem,
+    Settings,
+    Solution,
+    Solver,
+    best_of_starts,
+    default_lanes,
+)
 from bids_gacelle.engine.starts import build_dictionary, find_starts
 
 _FIRST_DAMPING = 0.01
@@ -76,24 +84,8 @@ def solve(problem: Problem) -> Solution:
     for stage in problem.stages():
         end = minimise(stage, position)
         position, evaluations = end.position, evaluations + end.evaluations
-    return best_of_starts(end._replace(evaluations=evaluations), n_starts)
-
-
-def best_of_starts(end: State, n_starts: int) -> Solution:
-    """Return the solution that keeps the lowest of the ends of each voxel."""
-    n_voxels = end.cost.shape[0] // n_starts
-    cost = end.cost.reshape(n_starts, n_voxels)
-    ends = end.position.reshape(-1, n_starts, n_voxels).transpose(0, 1)
-    winner = cost.argmin(0)
-    voxel = torch.arange(n_voxels, device=cost.device)
-    return Solution(
-        position=ends[winner, :, voxel].T.contiguous(),
-        converged=end.converged.reshape(n_starts, n_voxels)[winner, voxel],
-        evaluations=end.evaluations.reshape(n_starts, n_voxels)[winner, voxel],
-        winner=winner,
-        ends=ends,
-        end_costs=cost,
-    )
+    ends = Ends(end.position, end.cost, evaluations, end.converged)
+    return best_of_starts(ends, n_starts)
 
 
 def minimise(problem: Problem, starts: Tensor) -> State:
