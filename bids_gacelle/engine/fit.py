@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -27,7 +27,7 @@ from bids_gacelle.engine.objective import (
 )
 from bids_gacelle.engine.physics import rician
 from bids_gacelle.engine.result import FitResult, Maps
-from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver
+from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver, solver_options
 from bids_gacelle.engine.study import Block, Study
 from bids_gacelle.engine.uncertainty import Assessor
 
@@ -157,7 +157,7 @@ def fit(
             f"This prior, noise or loss needs the noise level, but {model.name} has as many "
             "parameters as there are measurements: give sigma."
         )
-    tuning = _tune(run.settings, model.starts if starts is None else starts, seed, options)
+    tuning = _tune(solver, model.starts if starts is None else starts, seed, options)
     fits = study.n * tuning.starts * run.effort
     tuning = replace(tuning, compiled=compile_wanted(model, fits, place))
     fitter = _Fitter(model, objective, run, _PRECISIONS[precision], place, tuning)
@@ -318,17 +318,15 @@ class _Fitter:
         return (median**2 * (m / degrees)).clamp_min(1e-12)
 
 
-def _tune(
-    kind: type[Settings], starts: int, seed: int, options: Mapping[str, Any] | None
-) -> Settings:
+def _tune(solver: str, starts: int, seed: int, options: Mapping[str, Any] | None) -> Settings:
     """Return the checked settings of the solver."""
     if isinstance(starts, bool) or not isinstance(starts, Integral) or starts < 1:
         raise EngineError(f"starts must be a whole number and at least 1, got {starts!r}.")
-    known = {f.name for f in fields(kind)} - {"starts", "seed", "compiled"}
-    unknown = sorted(set(options or {}) - known)
+    known = solver_options(solver)
+    unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise EngineError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
-    settings = kind(starts=int(starts), seed=seed, **(options or {}))
+    settings = get_solver(solver).settings(starts=int(starts), seed=seed, **(options or {}))
     if settings.dictionary < starts:
         raise EngineError(
             f"A dictionary of {settings.dictionary} entries cannot give {starts} starts."

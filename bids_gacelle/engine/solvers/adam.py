@@ -9,6 +9,10 @@ Loss
     the root mean square of the data. Huber and Rician losses are divided by what L2 is divided by.
     GACELLE averages over all voxels, so that gradients shrink with their number.
 
+Uncertainty
+    Standard deviations are those of the objective's curvature where a fit ended, whether or not
+    that is its optimum.
+
 Behaviour of GACELLE's first version and paper, for comparisons
     ``fit(model, data, solver="adam", loss="l1", sigma=..., options=ASKADAM_1_0)``
 """
