@@ -180,7 +180,8 @@ def _fit(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--solver",
         choices=CHOICES["solver"],
-        help="lm: Levenberg-Marquardt (default); linear: the closed form, where a model has one",
+        help="lm: Levenberg-Marquardt (default); adam, sgdm, rmsprop: first-order, far slower; "
+        "linear: the closed form, where a model has one",
     )
     group.add_argument(
         "--prior",
@@ -194,7 +195,7 @@ def _fit(parser: argparse.ArgumentParser) -> None:
         action="extend",
         type=argtypes.model_option,
         metavar="MODEL.OPTION=VALUE",
-        help="options of a model, e.g. nexi.l_max=2 nexi.starts=8",
+        help="options of a model or of the solver for it, e.g. nexi.l_max=2 nexi.starts=8",
     )
     group.add_argument(
         "--device",

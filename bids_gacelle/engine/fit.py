@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -40,7 +40,7 @@ from bids_gacelle.engine.objective import (
     make_objective,
 )
 from bids_gacelle.engine.result import BlockMaps, BlockResult, FitResult, Maps
-from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver
+from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver, solver_options
 from bids_gacelle.engine.solvers.base import default_lanes
 from bids_gacelle.engine.study import Block, Study
 from bids_gacelle.engine.uncertainty import Assessor
@@ -106,7 +106,8 @@ def fit(
     inputs
         Voxel inputs of the model, (*grid) each; those left out take the model's default.
     solver
-        "lm" (least squares, or maximum a posteriori with a prior) or "linear" (closed form).
+        "lm" (least squares, or maximum a posteriori with a prior), "adam", "sgdm" or "rmsprop"
+        (first-order, see `solvers.adam`), or "linear" (closed form).
     noise
         "gaussian", or "rician" for magnitudes: the exact likelihood of single ones; of averages
         over `model.averages` magnitudes the mean and variance. `sigma` is then that of the
@@ -134,7 +135,8 @@ def fit(
         Called with a `Progress` whose `done` increases to the voxels in the mask; with several
         devices from their threads, one at a time.
     options
-        Fields of `solvers.Settings`, such as {"ftol": 1e-8}.
+        Fields of the solver's settings (`solvers.Settings`, `solvers.lm.LmSettings`,
+        `solvers.adam.AdamSettings`), such as {"ftol": 1e-8}.
 
     Returns
     -------
@@ -182,8 +184,9 @@ def fit(
             f"This prior, noise or loss needs the noise level, but {model.name} has as many "
             "parameters as there are measurements: give sigma."
         )
-    tuning = _tune(run.settings, model.starts if starts is None else starts, seed, options)
-    tuning = replace(tuning, compiled=compile_wanted(model, study.n * tuning.starts, places[0]))
+    tuning = _tune(solver, model.starts if starts is None else starts, seed, options)
+    fits = study.n * tuning.starts * run.effort
+    tuning = replace(tuning, compiled=compile_wanted(model, fits, places[0]))
     settings = {
         "model": model.name,
         "solver": solver,
@@ -431,17 +434,15 @@ class _Fitter:
         return self.solver.solve(problem).position.double()
 
 
-def _tune(
-    kind: type[Settings], starts: int, seed: int, options: Mapping[str, Any] | None
-) -> Settings:
+def _tune(solver: str, starts: int, seed: int, options: Mapping[str, Any] | None) -> Settings:
     """Return the checked settings of the solver."""
     if isinstance(starts, bool) or not isinstance(starts, Integral) or starts < 1:
         raise EngineError(f"starts must be a whole number and at least 1, got {starts!r}.")
-    known = {f.name for f in fields(kind)} - {"starts", "seed", "compiled"}
-    unknown = sorted(set(options or {}) - known)
+    known = solver_options(solver)
+    unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise EngineError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
-    settings = kind(starts=int(starts), seed=seed, **(options or {}))
+    settings = get_solver(solver).settings(starts=int(starts), seed=seed, **(options or {}))
     if settings.dictionary < starts:
         raise EngineError(
             f"A dictionary of {settings.dictionary} entries cannot give {starts} starts."

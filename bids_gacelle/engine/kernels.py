@@ -261,8 +261,12 @@ class Kernel:
         sd = None if objective.loss == "l2" else voxels.variance().sqrt()
         return objective.misfit(expected - voxels.data, sd)
 
-    def sums(self, position: Tensor, voxels: Voxels) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def sums(
+        self, position: Tensor, voxels: Voxels, *, curved: bool = True
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return cost, gradient and packed Hessian, the last two as lists of (voxels,).
+
+        Without `curved` the list of the Hessian is empty.
 
         The unit of the cost is that of the squared normalised data: a prior is multiplied by the
         noise variance instead of the data term being divided by it.
@@ -276,7 +280,7 @@ class Kernel:
         rows = columns if curvature is None else [column * curvature for column in columns]
         total = cost.sum(0)
         gradient = [(column * slope).sum(0) for column in columns]
-        pairs = packed(len(columns))
+        pairs = packed(len(columns)) if curved else []
         hessian = [(rows[i] * columns[j]).sum(0) for i, j in pairs]
         if voxels.target is not None:
             assert voxels.stiffness is not None
@@ -284,8 +288,9 @@ class Kernel:
                 offset = position[i] - voxels.target[i]
                 total = total + 0.5 * stiffness * offset**2
                 gradient[i] = gradient[i] + stiffness * offset
-                diagonal = pairs.index((i, i))
-                hessian[diagonal] = hessian[diagonal] + stiffness
+                if curved:
+                    diagonal = pairs.index((i, i))
+                    hessian[diagonal] = hessian[diagonal] + stiffness
         return total, gradient, hessian
 
     def normal_equations(self, position: Tensor, voxels: Voxels) -> NormalEquations:

@@ -100,7 +100,7 @@ class FitModel(Step):
 
 def build_model(name: str, settings: Settings, prepared: dict[str, Any]) -> tuple[Any, np.ndarray]:
     """The model for the prepared scheme, and the rows of the signals that it describes."""
-    own, _ = split_options(name, settings.model_options.get(name, {}))
+    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
     model = get_model(name)(scheme_from_json(prepared["scheme"]), **own)
     # Invariants follow each other by order, so a model of a lower l_max takes the first ones.
     signals = np.load(prepared["signals"], mmap_mode="r")
@@ -118,7 +118,8 @@ def load_fit(fitted: dict[str, Any]) -> dict[str, np.ndarray]:
 def _fit_call(
     model: Any, settings: Settings, prepared: dict[str, Any]
 ) -> Callable[[np.ndarray, slice, Any], FitResult]:
-    _, options = split_options(model.name, settings.model_options.get(model.name, {}))
+    given = settings.model_options.get(model.name, {})
+    _, options = split_options(model.name, given, settings.solver)
     sigma = np.load(prepared["sigma"], mmap_mode="r") if prepared["sigma"] else None
     inputs = {k: np.load(v) for k, v in prepared["inputs"].items() if k in model.voxel_inputs}
     scale = np.load(prepared["scale_sigma"], mmap_mode="r") if "scale_sigma" in prepared else None

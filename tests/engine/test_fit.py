@@ -278,7 +278,7 @@ def test_prior_draws_estimates_in_and_lowers_their_error():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"solver": "adam"}, "no solver 'adam'; known are lm, linear"),
+        ({"solver": "simplex"}, "no solver 'simplex'; known are lm, adam"),
         ({"solver": "linear"}, "line has no closed-form estimate"),
         ({"noise": "poisson"}, "'poisson' is unknown; there are gaussian, rician"),
         ({"loss": "l3"}, "'l3' is unknown; there are l2, l1, huber"),
