@@ -16,7 +16,7 @@ from bids_gacelle.errors import InputError
 
 CHOICES = {
     "analysis_level": ("participant", "group"),
-    "solver": ("lm", "linear"),
+    "solver": ("lm", "adam", "sgdm", "rmsprop", "linear"),
     "noise": ("gaussian",),
     "prior": ("weak",),
     "precision": ("float32", "float64"),

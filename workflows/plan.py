@@ -30,7 +30,7 @@ def make_plan(settings: Settings) -> Plan:
         What was asked for cannot be: unknown model, option, participant, filter, ...
     """
     models = select_models(settings.models, settings.solver)
-    check_options(models, settings.model_options)
+    check_options(models, settings.model_options, settings.solver)
     options = Options(
         participant_labels=settings.participant_label,
         session_labels=settings.session_label,

@@ -38,7 +38,13 @@ TABLE_COLUMNS = {
 }
 """Columns of the ROI tables, in order, and their meaning."""
 
-_SOLVERS = {"lm": "Levenberg-Marquardt", "linear": "linear least squares"}
+_SOLVERS = {
+    "lm": "Levenberg-Marquardt",
+    "adam": "Adam",
+    "sgdm": "gradient descent with momentum",
+    "rmsprop": "RMSProp",
+    "linear": "linear least squares",
+}
 _COUNTS = ("n_voxels", "n_valid")
 _RATIOS = ("cov", "coverage", "at_bound")
 

@@ -180,7 +180,8 @@ def _fit(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--solver",
         choices=CHOICES["solver"],
-        help="lm: Levenberg-Marquardt (default); linear: the closed form, where a model has one",
+        help="lm: Levenberg-Marquardt (default); adam, sgdm, rmsprop: first-order, far slower; "
+        "linear: the closed form, where a model has one",
     )
     group.add_argument(
         "--prior",
@@ -194,10 +195,11 @@ def _fit(parser: argparse.ArgumentParser) -> None:
         action="extend",
         type=argtypes.model_option,
         metavar="MODEL.OPTION=VALUE",
-        help="options of a model, e.g. nexi.l_max=2 nexi.starts=8",
+        help="options of a model or of the solver for it, e.g. nexi.l_max=2 nexi.starts=8",
     )
     group.add_argument(
-        "--device", help="auto (default), cpu, cuda or cuda:N; a device that is absent is an error"
+        "--device",
+        help="auto (default), cpu, cuda, cuda:N or cuda:all; one that is absent is an error",
     )
     group.add_argument("--precision", choices=CHOICES["precision"], help="default: float32")
     group.add_argument("--random-seed", type=int, metavar="N", help="default: 0")

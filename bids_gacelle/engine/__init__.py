@@ -3,7 +3,8 @@
 Knows nothing of BIDS, Nipype or files, and needs torch and numpy only.
 """
 
-from bids_gacelle.engine.errors import EngineError
+from bids_gacelle.engine.blocks import Progress
+from bids_gacelle.engine.errors import EngineError, FitInterrupted
 from bids_gacelle.engine.fit import fit
 from bids_gacelle.engine.models import (
     Parameter,
@@ -27,12 +28,14 @@ __all__ = [
     "DiffusionScheme",
     "DwiVolumes",
     "EngineError",
+    "FitInterrupted",
     "FitResult",
     "GradientEchoScheme",
     "MapPrior",
     "MeshTV",
     "Parameter",
     "PreparedDwi",
+    "Progress",
     "Reference",
     "SignalModel",
     "fit",

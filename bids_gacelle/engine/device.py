@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -36,6 +37,23 @@ def resolve_device(name: str) -> torch.device:
     if problem:
         raise EngineError(f"Device {name!r} was asked for but {problem}; use 'auto' or 'cpu'.")
     return device
+
+
+def resolve_devices(names: str | Sequence[str]) -> list[torch.device]:
+    """Return the devices of a name, of several names, or of "cuda:all", which is every GPU.
+
+    Raises
+    ------
+    EngineError
+        As `resolve_device`; there is no GPU or no name.
+    """
+    if names == "cuda:all":
+        names = [f"cuda:{i}" for i in range(max(torch.cuda.device_count(), 1))]
+    elif isinstance(names, str):
+        names = [names]
+    if not names:
+        raise EngineError("The list of devices is empty.")
+    return [resolve_device(name) for name in names]
 
 
 def _cuda_problem(device: torch.device) -> str:

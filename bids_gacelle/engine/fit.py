@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from bids_gacelle.engine.blocks import default_block_size, for_blocks
-from bids_gacelle.engine.device import resolve_device
-from bids_gacelle.engine.errors import EngineError
+from bids_gacelle.engine.blocks import (
+    Feeder,
+    Link,
+    Plan,
+    Progress,
+    Queue,
+    Tally,
+    for_blocks,
+    make_plan,
+    share,
+)
+from bids_gacelle.engine.device import resolve_devices
+from bids_gacelle.engine.errors import EngineError, FitInterrupted
 from bids_gacelle.engine.kernels import Kernel, Voxels, compile_wanted
+from bids_gacelle.engine.memory import Watch, footprint
 from bids_gacelle.engine.models.base import SignalModel
+from bids_gacelle.engine.noise import complete
 from bids_gacelle.engine.objective import (
     Objective,
     PriorArgument,
     describe_prior,
     make_objective,
 )
-from bids_gacelle.engine.physics import rician
 from bids_gacelle.engine.regularise import Regulariser
-from bids_gacelle.engine.result import FitResult, Maps
-from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver
+from bids_gacelle.engine.result import BlockMaps, BlockResult, FitResult, Maps
+from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver, settings_options
+from bids_gacelle.engine.solvers.base import default_lanes
 from bids_gacelle.engine.spatial_fit import EXTRA_STARTS, SpatialPlan, plan_spatial
 from bids_gacelle.engine.study import Block, Study
 from bids_gacelle.engine.uncertainty import Assessor
@@ -39,8 +53,9 @@ _PRECISIONS = {
 }
 # Half widths of 95 % intervals in standard deviations, where 1.96 is far too small.
 _STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18}
+_FEWEST_LANES = 256
 
-Progress = Callable[[int, int], None]
+logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -59,12 +74,13 @@ def fit(
     prior: PriorArgument = None,
     regularise: Sequence[Regulariser] = (),
     voxel_size: Sequence[float] | None = None,
-    device: str = "auto",
+    device: str | Sequence[str] = "auto",
     precision: str = "float32",
     seed: int = 0,
     starts: int | None = None,
     block_size: int | None = None,
-    progress: Progress | None = None,
+    memory_limit: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Fit a model to every voxel of a mask.
@@ -74,7 +90,8 @@ def fit(
     model
         An instance of a `SignalModel`.
     data
-        (measurements, *grid), real.
+        (measurements, *grid), real: array, tensor, memory map, or anything that has a shape, a
+        dtype and slices, such as an ArrayProxy of nibabel. It is never copied as a whole.
     mask
         (*grid); all voxels when left out.
     sigma
@@ -93,7 +110,8 @@ def fit(
     inputs
         Voxel inputs of the model, (*grid) each; those left out take the model's default.
     solver
-        "lm" (least squares, or maximum a posteriori with a prior) or "linear" (closed form).
+        "lm" (least squares, or maximum a posteriori with a prior), "adam", "sgdm" or "rmsprop"
+        (first-order, see `solvers.adam`), or "linear" (closed form).
     noise
         "gaussian", or "rician" for magnitudes: the exact likelihood of single ones; of averages
         over `model.averages` magnitudes the mean and variance. `sigma` is then that of the
@@ -111,7 +129,8 @@ def fit(
     voxel_size
         Along each axis of the grid in mm, for spatial terms; None: the same along all.
     device
-        "auto" (a working GPU, else the CPU), "cpu", "cuda" or "cuda:0".
+        "auto" (a working GPU, else the CPU), "cpu", "cuda", "cuda:0", "cuda:all", or several
+        names: blocks then go to whichever device is free. Spatial terms use the first only.
     precision
         "float32" or "float64" of the solver; uncertainties are always computed in float64.
     seed
@@ -119,11 +138,17 @@ def fit(
     starts
         Starts per voxel; None: what the model recommends.
     block_size
-        Voxels on the device at once; None: by memory. Maps do not depend on it.
+        Voxels on a device at once; None: by memory. Maps do not depend on it.
+    memory_limit
+        Bytes to take on each device, the host's when that is the CPU, beside the arrays given and
+        the maps. None: half of the free memory of a GPU, 512 MiB on the CPU. With spatial terms
+        the maps include their copies for every term; first-order solvers then need all data.
     progress
-        Called with (voxels done, voxels in all), both increasing to the number in the mask.
+        Called with a `Progress` whose `done` increases to the voxels in the mask; with several
+        devices from their threads, one at a time.
     options
-        Fields of `solvers.Settings`, such as {"ftol": 1e-8}.
+        Fields of the solver's settings (`solvers.Settings`, `solvers.lm.LmSettings`,
+        `solvers.adam.AdamSettings`), such as {"ftol": 1e-8}.
 
     Returns
     -------
@@ -132,7 +157,11 @@ def fit(
     Raises
     ------
     EngineError
-        An argument is unknown, or a shape does not match.
+        An argument is unknown, a shape does not match, or the memory limit is too small.
+    FitInterrupted
+        Instead of KeyboardInterrupt, at Ctrl-C. Its `result` has the blocks that were finished;
+        other voxels are NaN and flagged 8. With spatial terms no block is finished before the
+        volume is.
 
     Notes
     -----
@@ -146,11 +175,16 @@ def fit(
     objective = make_objective(model, noise, loss, prior, grid)
     run = get_solver(solver)
     spatial = plan_spatial(regularise, voxel_size, model, grid, run)
-    place = resolve_device(device)
+    places = resolve_devices(device)
+    if spatial is not None and len(places) > 1:
+        logger.info("Spatial terms need all voxels on one device: using %s.", places[0])
+        places = places[:1]
     if precision not in _PRECISIONS:
         raise EngineError(f"Precision {precision!r} is unknown; give float32 or float64.")
     if block_size is not None and block_size < 1:
         raise EngineError(f"block_size must be positive, got {block_size}.")
+    if memory_limit is not None and memory_limit < 1:
+        raise EngineError(f"memory_limit must be positive, got {memory_limit}.")
     study = Study(
         model,
         data,
@@ -169,28 +203,108 @@ def fit(
         )
     kind = run.settings if spatial is None else spatial.settings
     tuning = _tune(kind, model.starts if starts is None else starts, seed, options)
-    fits = study.n * (tuning.starts + (0 if spatial is None else EXTRA_STARTS))
-    tuning = replace(tuning, compiled=compile_wanted(model, fits, place))
-    fitter = _Fitter(model, objective, run, _PRECISIONS[precision], place, tuning)
-    maps = Maps(model, study.n)
-    with torch.no_grad(), _full_float32():
-        trace = fitter.fit(study, maps, block_size, progress, spatial)
+    fits = study.n * (tuning.starts + (EXTRA_STARTS if spatial else 0)) * run.effort
+    tuning = replace(tuning, compiled=compile_wanted(model, fits, places[0]))
     settings = {
         "model": model.name,
         "solver": solver,
         "noise": noise,
         "loss": loss,
         "prior": describe_prior(model, objective.prior),
-        "regularise": None if spatial is None else spatial.describe() | trace.pop("spatial"),
-        "device": str(place),
+        "regularise": None,
+        "device": ", ".join(str(place) for place in places),
         "precision": precision,
         "seed": seed,
         "starts": tuning.starts,
         "options": dict(options or {}),
-        "compiled": fitter.compiled,
     }
-    settings |= _account(study, maps, time.perf_counter() - began)
-    return maps.result(study, settings, trace)
+    maps = Maps(model, study.n)
+    with torch.no_grad(), _full_float32():
+        fitters = [
+            _Fitter(model, objective, run, _PRECISIONS[precision], place, tuning)
+            for place in places
+        ]
+        plan = _plan(fitters, study, memory_limit, block_size, spatial)
+        logger.info("%s: %s on %s.", model.name, plan, settings["device"])
+        watch = Watch(places)
+        trace, stopped = _fit_all(fitters, study, maps, plan, watch, progress, spatial)
+    settings |= {"compiled": any(fitter.compiled for fitter in fitters)}
+    if spatial is not None:
+        settings["regularise"] = spatial.describe() | trace.pop("spatial", {})
+    settings |= _account(study, maps, time.perf_counter() - began) | _memory(plan, watch)
+    if stopped is None:
+        return maps.result(study, settings, trace)
+    maps.forget_unfinished()
+    raise FitInterrupted(
+        f"The fit was interrupted after {maps.n_finished:,} of {study.n:,} voxels.",
+        maps.result(study, settings | {"interrupted": True, "n_finished": maps.n_finished}),
+    ) from stopped
+
+
+def _plan(
+    fitters: list[_Fitter],
+    study: Study,
+    limit: int | None,
+    block_size: int | None,
+    spatial: SpatialPlan | None,
+) -> Plan:
+    """Return one plan for all devices, that of the one with the least memory."""
+    pulled, n_devices = spatial is not None, len(fitters)
+    plans = [f.plan(study, limit, block_size, n_devices, pulled=pulled) for f in fitters]
+    plan = min(plans, key=lambda plan: plan.block_size)
+    for fitter in fitters:
+        fitter.follow(plan)
+    return plan
+
+
+def _fit_all(
+    fitters: list[_Fitter],
+    study: Study,
+    maps: Maps,
+    plan: Plan,
+    watch: Watch,
+    progress: Callable[[Progress], None] | None,
+    spatial: SpatialPlan | None,
+) -> tuple[dict[str, Any], KeyboardInterrupt | None]:
+    """Fill the maps, block by block on all devices or, with spatial terms, on the first.
+
+    Return what is to be told of the way, and what the user interrupted it with.
+    """
+
+    def converged() -> float:
+        return maps.converged / maps.fitted if maps.fitted else float("nan")
+
+    queue, tally = Queue(study.n), Tally(study.n, converged, progress)
+    workers = [
+        functools.partial(fitter.fit, study, maps, queue, plan.block_size, tally, watch)
+        for fitter in fitters
+    ]
+
+    def report(share: float) -> None:
+        watch.look()
+        tally.running(0, study.n, share)
+
+    trace: dict[str, Any] = {}
+    try:
+        if spatial is None:
+            share(workers, queue)
+        else:
+            trace = spatial.fit(fitters[0], study, maps, plan, report)
+            tally.finished(0, study.n)
+        tally.end()
+    except KeyboardInterrupt as stopped:
+        return trace, stopped
+    return trace, None
+
+
+def _memory(plan: Plan, watch: Watch) -> dict[str, Any]:
+    return {
+        "blocks": plan.n_blocks,
+        "block_size": plan.block_size,
+        "memory_limit": plan.limit,
+        "memory_predicted": plan.predicted,
+        "memory_peak": watch.peak(),
+    }
 
 
 def _account(study: Study, maps: Maps, seconds: float) -> dict[str, Any]:
@@ -244,55 +358,117 @@ class _Fitter:
         *earlier, last = (kernel(stage) for stage in objective.stages())
         self.earlier, self.kernel = tuple(earlier), last
         self.exact = Kernel(model, objective, torch.float64, device)
-        self.plain = kernel(objective.plain())
-        self.assessor = Assessor(self.exact, compiled=settings.compiled)
+        self.plain: dict[Objective, Kernel] = {}
+        self.link = Link(device)
 
     @property
     def compiled(self) -> bool:
         """Whether compiled code was run."""
-        kernels = (*self.earlier, self.kernel, self.plain)
+        kernels = (*self.earlier, self.kernel, *self.plain.values())
         return any(kernel.runs_compiled for kernel in kernels)
 
-    def fit(
+    def plan(
         self,
         study: Study,
-        maps: Maps,
+        limit: int | None,
         block_size: int | None,
-        progress: Progress | None,
-        spatial: SpatialPlan | None = None,
-    ) -> dict[str, Any]:
-        """Fit all blocks, store them and return what else is to be told of the way."""
-        per_voxel = 64 * (study.n_measurements + len(self.model.parameters) * self.settings.starts)
-        size = block_size or default_block_size(per_voxel, self.device)
-        if spatial is not None:
-            return spatial.fit(self, study, maps, size, progress)
-        done = 0
+        n_devices: int,
+        *,
+        pulled: bool,
+    ) -> Plan:
+        """Return how to cut the voxels into blocks."""
+        lanes = self.settings.lanes
+        return make_plan(
+            study.n,
+            footprint(self.kernel, study, self.solver, self.settings, pulled=pulled),
+            device=self.device,
+            limit=limit,
+            block_size=block_size,
+            lanes=lanes or default_lanes(self.device),
+            least_lanes=lanes or _FEWEST_LANES,
+            ahead=self.reads_ahead(study),
+            n_devices=n_devices,
+        )
 
-        def work(start: int, stop: int) -> None:
-            def report(share: float) -> None:
-                nonlocal done
-                now = start + int(share * (stop - start))
-                if progress is not None and now > done:
-                    done = now
-                    progress(done, study.n)
+    def follow(self, plan: Plan) -> None:
+        """Work on no more voxels at once than planned."""
+        self.settings = replace(self.settings, lanes=plan.lanes)
+        self.assessor = Assessor(self.exact, compiled=self.settings.compiled, lanes=plan.lanes)
 
-            block = study.block(start, stop, self.device, self.model)
-            if block.usable.any():
-                self._fit_block(block, start, maps, report)
-            report(1.0)
+    def reads_ahead(self, study: Study) -> bool:
+        """Whether to read a block while another is fitted: not if both need the same processor."""
+        return self.device.type == "cuda" or study.on_disk
 
-        for_blocks(study.n, size, work)
-        return {}
+    def feeder(self, study: Study, queue: Queue, size: int) -> Feeder:
+        """Return what sends blocks of the voxels in a queue to the device."""
+        return Feeder(study, self.link, queue, size, ahead=self.reads_ahead(study))
 
-    def _fit_block(
-        self, block: Block, begin: int, maps: Maps, report: Callable[[float], None]
+    def blocks(
+        self, study: Study, size: int, pieces: Sequence[tuple[int, int]] | None = None
+    ) -> Iterator[tuple[slice, Block]]:
+        """Yield slices of the voxels in the mask with their block on the device.
+
+        Those of the pieces (start, stop) if given, else all.
+        """
+        with self.feeder(study, Queue(study.n, pieces), size) as feeder:
+            while (item := feeder.take()) is not None:
+                yield slice(item[0], item[1]), item[2]
+                item = None
+
+    def fit(
+        self, study: Study, maps: Maps, queue: Queue, size: int, tally: Tally, watch: Watch
     ) -> None:
+        """Fit blocks until none are left, and store them."""
+        finish: Callable[[], None] | None = None
+
+        def work(start: int, stop: int, block: Block) -> None:
+            nonlocal finish
+
+            def report(share: float) -> None:
+                queue.check()
+                watch.look()
+                tally.running(start, stop, share)
+
+            try:
+                result = self._fit_block(block, report) if block.usable.any() else None
+            except BaseException:
+                tally.dropped(start)
+                raise
+            watch.look()
+            fetched = None if result is None else self.link.fetch(result)
+            last, finish = finish, store(start, block.usable, fetched)
+            if last is not None:
+                last()
+
+        def store(
+            start: int, usable: NDArray[np.bool_], fetched: Callable[[], list[Tensor]] | None
+        ) -> Callable[[], None]:
+            def now() -> None:
+                result = None if fetched is None else BlockResult(*fetched())
+                maps.put(start, usable, result)
+                tally.finished(start, len(usable))
+
+            return now
+
+        # A new thread computes gradients unless told otherwise.
+        with (
+            torch.no_grad(),
+            self.feeder(study, queue, size) as feeder,
+        ):
+            try:
+                for_blocks(feeder, work)
+            finally:
+                if finish is not None:
+                    finish()
+
+    def _fit_block(self, block: Block, report: Callable[[float], None]) -> BlockResult:
         exact = self.with_noise(block)
         solution = self.solver.solve(self.problem(self.kernel, exact, report))
         solution = replace(solution, position=solution.position.double())
-        where = begin + np.flatnonzero(block.usable)
+        maps = BlockMaps(self.model, exact.data.shape[-1], self.device)
         for part, ended, verdict in self.assessor.assess(exact, solution, block.shared):
-            maps.store(where[part], block.scale[part], self.exact, ended, verdict)
+            maps.store(part, block.scale[part], self.exact, ended, verdict)
+        return maps.result
 
     def problem(
         self, kernel: Kernel, exact: Voxels, report: Callable[[float], None] = lambda share: None
@@ -302,57 +478,27 @@ class _Fitter:
         earlier = self.earlier if kernel is self.kernel else ()
         return Problem(kernel, voxels, self.exact, exact, self.settings, report, earlier)
 
-    def with_noise(self, block: Block, variance: Tensor | None = None) -> Voxels:
-        """Return the voxels with what the objective needs besides the data.
+    def with_noise(self, block: Block) -> Voxels:
+        """Return the voxels with what the objective needs besides the data."""
+        return complete(self.kernel, block, self._solve_plain)
 
-        A noise variance that is neither known nor given is estimated.
-        """
-        exact = block.voxels
-        objective = self.kernel.objective
-        if objective.needs_noise and exact.noise_variance is None:
-            if variance is None:
-                variance = self._residual_variance(exact)
-            exact = exact._replace(noise_variance=variance)
-        if block.prior is not None:
-            assert exact.noise_variance is not None
-            mean, precision = block.prior
-            exact = exact._replace(target=mean, stiffness=precision * exact.noise_variance)
-        if self.kernel.averages is not None:
-            # Averages of magnitudes vary less near the noise floor than far above it.
-            averages = self.kernel.averages.double()
-            variance = exact.variance() * averages.clamp_min(1.0)
-            varies = rician.spread(rician.invert_mean(exact.data, variance), variance) / variance
-            varies = torch.where(averages > 0, varies, 1.0)
-            weight = 1 / varies if exact.weight is None else exact.weight / varies
-            exact = exact._replace(weight=weight)
-        return exact
-
-    def _residual_variance(self, exact: Voxels) -> Tensor:
-        """Return the noise variance of each voxel from a plain least-squares fit.
-
-        With a loss that is there for outliers, from the median instead of the mean of squares.
-        """
-        position = self.solver.solve(self.problem(self.plain, exact)).position.double()
-        plain = Kernel(self.model, self.plain.objective, torch.float64, self.device)
-        residual = plain.signal(position, exact.inputs) - exact.data
-        if exact.weight is not None:
-            residual = residual * exact.weight.sqrt()
-        m, degrees = len(residual), len(residual) - len(position)
-        if self.kernel.objective.loss == "l2":
-            return (residual**2).sum(0) / degrees
-        # 1.4826: from the median absolute deviation to the standard deviation of normal noise.
-        median = 1.4826 * residual.abs().quantile(0.5, dim=0)
-        return (median**2 * (m / degrees)).clamp_min(1e-12)
+    def _solve_plain(self, objective: Objective, exact: Voxels) -> Tensor:
+        """Return the optimum of another objective, in double precision."""
+        if objective not in self.plain:
+            kernel = self.kernel
+            self.plain[objective] = Kernel(self.model, objective, kernel.dtype, kernel.device)
+        problem = self.problem(self.plain[objective], exact)
+        return self.solver.solve(problem).position.double()
 
 
 def _tune(
     kind: type[Settings], starts: int, seed: int, options: Mapping[str, Any] | None
 ) -> Settings:
-    """Return the checked settings of the solver."""
+    """Return the checked settings of a solver."""
     if isinstance(starts, bool) or not isinstance(starts, Integral) or starts < 1:
         raise EngineError(f"starts must be a whole number and at least 1, got {starts!r}.")
-    known = {f.name for f in fields(kind)} - {"starts", "seed", "compiled"}
-    unknown = sorted(set(options or {}) - known)
+    known = settings_options(kind)
+    unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise EngineError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
     settings = kind(starts=int(starts), seed=seed, **(options or {}))

@@ -21,9 +21,13 @@ from bids_gacelle.engine.physics import rician
 logger = logging.getLogger(__name__)
 
 COMPILE_VARIABLE = "BIDS_GACELLE_COMPILE"
-# Lets inductor compute a voxel's measurements inside the loop that sums over them.
+# Let inductor compute a voxel's measurements inside the loop that sums over them, and join the
+# many numbers of a step into one loop over voxels.
 _said: set[str] = set()
-_OPTIONS: dict[str, Any] = {"loop_ordering_after_fusion": True}
+_OPTIONS: dict[str, Any] = {
+    "loop_ordering_after_fusion": True,
+    "max_fusion_size": 2000,
+}
 
 
 class Voxels(NamedTuple):
@@ -42,6 +46,9 @@ class Voxels(NamedTuple):
     target, stiffness
         (parameters, voxels) where quadratic terms pull each solver coordinate, and how strongly,
         in squared units of the data; None: nowhere.
+    channel_variance
+        (measurements or 1, voxels) noise variance of one channel of a single magnitude, for
+        Rician noise.
     inputs
         Voxel inputs of the model, each (voxels,).
     """
@@ -52,6 +59,7 @@ class Voxels(NamedTuple):
     emphasis: Tensor | None = None
     target: Tensor | None = None
     stiffness: Tensor | None = None
+    channel_variance: Tensor | None = None
     inputs: dict[str, Tensor] = {}  # noqa: RUF012
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Voxels:
@@ -238,10 +246,9 @@ class Kernel:
         signal, columns = self.signal_and_jacobian(position, voxels.inputs)
         if self.averages is None:
             return signal, columns
-        # The variance of a measurement is that of the average; a count of 0 is no magnitude.
-        variance = voxels.variance() * self.averages.clamp_min(1.0)
-        mean, slope = rician.mean(signal, variance)
-        is_magnitude = self.averages > 0
+        assert voxels.channel_variance is not None
+        mean, slope = rician.mean(signal, voxels.channel_variance)
+        is_magnitude = self.averages > 0  # a count of 0 is no magnitude
         slope = torch.where(is_magnitude, slope, 1.0)
         return torch.where(is_magnitude, mean, signal), [c * slope for c in columns]
 
@@ -249,12 +256,17 @@ class Kernel:
         """Return the loss of each measurement, without weights."""
         objective = self.objective
         if objective.noise == "rician" and self.averages is None:
-            return Misfit(*rician.likelihood(expected, voxels.data, voxels.variance()))
+            assert voxels.channel_variance is not None
+            return Misfit(*rician.likelihood(expected, voxels.data, voxels.channel_variance))
         sd = None if objective.loss == "l2" else voxels.variance().sqrt()
         return objective.misfit(expected - voxels.data, sd)
 
-    def sums(self, position: Tensor, voxels: Voxels) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def sums(
+        self, position: Tensor, voxels: Voxels, *, curved: bool = True
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return cost, gradient and packed Hessian, the last two as lists of (voxels,).
+
+        Without `curved` the list of the Hessian is empty.
 
         The unit of the cost is that of the squared normalised data: a prior is multiplied by the
         noise variance instead of the data term being divided by it.
@@ -268,7 +280,7 @@ class Kernel:
         rows = columns if curvature is None else [column * curvature for column in columns]
         total = cost.sum(0)
         gradient = [(column * slope).sum(0) for column in columns]
-        pairs = packed(len(columns))
+        pairs = packed(len(columns)) if curved else []
         hessian = [(rows[i] * columns[j]).sum(0) for i, j in pairs]
         if voxels.target is not None:
             assert voxels.stiffness is not None
@@ -276,8 +288,9 @@ class Kernel:
                 offset = position[i] - voxels.target[i]
                 total = total + 0.5 * stiffness * offset**2
                 gradient[i] = gradient[i] + stiffness * offset
-                diagonal = pairs.index((i, i))
-                hessian[diagonal] = hessian[diagonal] + stiffness
+                if curved:
+                    diagonal = pairs.index((i, i))
+                    hessian[diagonal] = hessian[diagonal] + stiffness
         return total, gradient, hessian
 
     def normal_equations(self, position: Tensor, voxels: Voxels) -> NormalEquations:
@@ -337,11 +350,14 @@ class Compiled:
         return self._call(*args)
 
     def _first_call(self, *args: object) -> Any:
+        self._function(*args)  # fills caches of constants, which a trace had better find filled
         try:
             # What torch's own passes warn about concerns nobody here.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compiled = torch.compile(self._function, dynamic=False, options=_OPTIONS)
+                compiled = torch.compile(
+                    self._function, dynamic=False, fullgraph=True, options=_OPTIONS
+                )
                 result = compiled(*args)
         except torch.cuda.OutOfMemoryError:
             raise

@@ -81,10 +81,6 @@ class Objective:
             return (self,)
         return tuple(replace(self, corner=corner) for corner in L1_CORNERS)
 
-    def plain(self) -> Objective:
-        """Return least squares without a prior, which needs no noise level."""
-        return Objective()
-
     def misfit(self, residual: Tensor, sd: Tensor | None) -> Misfit:
         """Return the loss of residuals.
 

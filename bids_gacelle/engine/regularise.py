@@ -51,7 +51,8 @@ class Geometry:
     grid
         Shape of the maps; (vertices,) for a mesh.
     index
-        (voxels,) flat indices of the fitted ones, ascending.
+        (voxels,) flat indices of the fitted ones, in any order in which the neighbours of a voxel
+        further along an axis come after it.
     voxel_size
         Along each axis in mm, or None.
     """

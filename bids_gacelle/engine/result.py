@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,31 +62,49 @@ class FitResult:
     settings: dict[str, Any]
 
 
-class Maps:
-    """Results of the voxels of a mask, filled block by block.
+class BlockResult(NamedTuple):
+    """Results of the usable voxels of a block, (..., voxels), on the device or on the host."""
+
+    values: Tensor
+    std: Tensor
+    flags: Tensor
+    nrmse: Tensor
+    at_bound: Tensor
+    evaluations: Tensor
+    winner: Tensor
+
+
+class BlockMaps:
+    """Collects the results of one block on the device, in single precision.
 
     Parameters
     ----------
     model
         Gives the names.
-    n
-        Voxels in the mask.
+    n, device
+        Usable voxels of the block, and where they are.
     """
 
-    def __init__(self, model: SignalModel, n: int) -> None:
+    def __init__(self, model: SignalModel, n: int, device: torch.device) -> None:
         self.model = model
         names = (*model.parameter_names, *model.derived_names)
-        self._values = {name: np.full(n, np.nan, np.float32) for name in names}
-        self._std = {name: np.full(n, np.nan, np.float32) for name in names}
-        self._flags = np.full(n, FLAG_UNUSABLE, np.uint8)
-        self._nrmse = np.full(n, np.nan, np.float32)
-        self._at_bound = np.zeros((len(model.parameters), n), bool)
-        self._evaluations = np.zeros(n, np.int32)
-        self._winner = np.zeros(n, np.int32)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(*shape, n, dtype=dtype, device=device)
+
+        self.result = BlockResult(
+            values=empty(len(names)),
+            std=empty(len(names)),
+            flags=empty(dtype=torch.uint8),
+            nrmse=empty(),
+            at_bound=empty(len(model.parameters), dtype=torch.bool),
+            evaluations=empty(dtype=torch.int32),
+            winner=empty(dtype=torch.int32),
+        )
 
     def store(
         self,
-        where: NDArray[np.intp],
+        part: slice,
         scale: Tensor,
         kernel: Kernel,
         solution: Solution,
@@ -95,8 +114,8 @@ class Maps:
 
         Parameters
         ----------
-        where
-            Their indices in the mask.
+        part
+            Which of the block.
         scale
             What their data were divided by.
         kernel, solution, assessment
@@ -109,20 +128,20 @@ class Maps:
             if parameter.amplitude:
                 values[parameter.name] = values[parameter.name] * scale
                 std[parameter.name] = std[parameter.name] * scale
-        for name in self._values:
+        out = self.result
+        for i, name in enumerate((*self.model.parameter_names, *self.model.derived_names)):
             finite = values[name].isfinite()
-            self._values[name][where] = _to_host(torch.where(finite, values[name], torch.nan))
-            self._std[name][where] = _to_host(torch.where(finite, std[name], torch.nan))
-        flags = (
+            out.values[i, part] = torch.where(finite, values[name], torch.nan).float()
+            out.std[i, part] = torch.where(finite, std[name], torch.nan).float()
+        out.flags[part] = (
             assessment.at_bound.any(0) * FLAG_AT_BOUND
             + ~solution.converged * FLAG_NOT_CONVERGED
             + assessment.rivals * FLAG_SEVERAL_MINIMA
-        )
-        self._flags[where] = _to_host(flags)
-        self._nrmse[where] = _to_host((assessment.squares / assessment.power).sqrt())
-        self._at_bound[:, where] = _to_host(assessment.at_bound)
-        self._evaluations[where] = _to_host(solution.evaluations)
-        self._winner[where] = _to_host(solution.winner)
+        ).to(torch.uint8)
+        out.nrmse[part] = (assessment.squares / assessment.power).sqrt().float()
+        out.at_bound[:, part] = assessment.at_bound
+        out.evaluations[part] = solution.evaluations.int()
+        out.winner[part] = solution.winner.int()
 
     def _natural(self, kernel: Kernel, position: Tensor) -> dict[str, Tensor]:
         """Return parameters; one at a bound of its log coordinate is exactly at its bound."""
@@ -134,22 +153,92 @@ class Maps:
                 values[parameter.name] = torch.where(position[i] >= kernel.upper[i], high, value)
         return values
 
+
+class Maps:
+    """Results of the voxels of a mask on the host, filled block by block, also by several threads.
+
+    Parameters
+    ----------
+    model
+        Gives the names.
+    n
+        Voxels in the mask.
+
+    Attributes
+    ----------
+    fitted, converged
+        Usable voxels in finished blocks, and those that converged.
+    """
+
+    def __init__(self, model: SignalModel, n: int) -> None:
+        self.model = model
+        names = (*model.parameter_names, *model.derived_names)
+        self._values = {name: np.full(n, np.nan, np.float32) for name in names}
+        self._std = {name: np.full(n, np.nan, np.float32) for name in names}
+        # What is never reached has not converged.
+        self._flags = np.full(n, FLAG_NOT_CONVERGED, np.uint8)
+        self._nrmse = np.full(n, np.nan, np.float32)
+        self._finished = np.zeros(n, bool)
+        self._at_bound = np.zeros(len(model.parameters), np.int64)
+        self._evaluations = np.zeros(0, np.int64)
+        self._winner = np.zeros(0, np.int64)
+        self._lock = threading.Lock()
+        self.fitted = self.converged = 0
+
+    def put(self, start: int, usable: NDArray[np.bool_], block: BlockResult | None) -> None:
+        """Store a finished block.
+
+        Parameters
+        ----------
+        start
+            Index of its first voxel in the mask.
+        usable
+            (voxels of the block,), the others are flagged.
+        block
+            Results of the usable ones on the host; None where there are none.
+        """
+        whole = slice(start, start + len(usable))
+        where = whole if usable.all() else start + np.flatnonzero(usable)
+        flags = np.full(len(usable), FLAG_UNUSABLE, np.uint8)
+        with self._lock:
+            if block is not None:
+                flags[usable] = block.flags.numpy()
+                for i, name in enumerate(self._values):
+                    self._values[name][where] = block.values[i].numpy()
+                    self._std[name][where] = block.std[i].numpy()
+                self._nrmse[where] = block.nrmse.numpy()
+                self._at_bound += block.at_bound.sum(1).numpy()
+                self._evaluations = _added(self._evaluations, block.evaluations)
+                self._winner = _added(self._winner, block.winner)
+                self.fitted += len(block.flags)
+                self.converged += int((block.flags & FLAG_NOT_CONVERGED == 0).sum())
+            self._flags[whole] = flags
+            self._finished[whole] = True
+
+    @property
+    def n_finished(self) -> int:
+        """Voxels in finished blocks."""
+        return int(self._finished.sum())
+
+    def forget_unfinished(self) -> None:
+        """Take back what an interrupted block has left."""
+        for values in (*self._values.values(), *self._std.values(), self._nrmse):
+            values[~self._finished] = np.nan
+
     def share_at_bound(self) -> dict[str, float]:
         """Return the share of the usable voxels at a bound, by parameter."""
-        usable = max(int((self._flags & FLAG_UNUSABLE == 0).sum()), 1)
-        return {
-            name: float(row.sum() / usable)
-            for name, row in zip(self.model.parameter_names, self._at_bound, strict=True)
-        }
+        shares = (self._at_bound / max(self.fitted, 1)).tolist()
+        return dict(zip(self.model.parameter_names, shares, strict=True))
 
-    def result(self, study: Study, settings: dict[str, Any], trace: dict[str, Any]) -> FitResult:
-        """Return everything on the grid."""
-        usable = self._flags & FLAG_UNUSABLE == 0
-        evaluations = self._evaluations[usable]
-        trace = trace | {
-            "evaluations": np.bincount(evaluations).tolist(),
-            "mean_evaluations": float(evaluations.mean()) if len(evaluations) else 0.0,
-            "winning_start": np.bincount(self._winner[usable]).tolist(),
+    def result(
+        self, study: Study, settings: dict[str, Any], trace: dict[str, Any] | None = None
+    ) -> FitResult:
+        """Return everything on the grid; a trace is added to that of the voxels."""
+        evaluations = int(self._evaluations @ np.arange(len(self._evaluations)))
+        trace = (trace or {}) | {
+            "evaluations": self._evaluations.tolist(),
+            "mean_evaluations": evaluations / max(self.fitted, 1),
+            "winning_start": self._winner.tolist(),
         }
         return FitResult(
             maps={name: _on_grid(study, v, np.nan) for name, v in self._values.items()},
@@ -161,11 +250,16 @@ class Maps:
         )
 
 
-def _to_host(tensor: Tensor) -> NDArray[Any]:
-    return tensor.cpu().numpy()
+def _added(counts: NDArray[np.int64], numbers: Tensor) -> NDArray[np.int64]:
+    """Return a histogram of small numbers with more of them counted in."""
+    more = np.bincount(numbers.numpy(), minlength=len(counts))
+    more[: len(counts)] += counts
+    return more
 
 
 def _on_grid(study: Study, values: NDArray[Any], outside: float) -> NDArray[Any]:
+    if study.covers_grid:
+        return values.reshape(study.grid)
     full = np.full(int(np.prod(study.grid)), outside, values.dtype)
     full[study.index] = values
     return full.reshape(study.grid)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.blocks import for_blocks
+from bids_gacelle.engine.blocks import Feeder, Link, Plan, Queue, for_blocks
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import Kernel, Voxels, unpack
 from bids_gacelle.engine.models.base import SignalModel
+from bids_gacelle.engine.noise import from_residuals
 from bids_gacelle.engine.regularise import (
     Geometry,
     Regulariser,
@@ -22,8 +23,9 @@ from bids_gacelle.engine.regularise import (
     check_regularisers,
     check_voxel_size,
 )
-from bids_gacelle.engine.result import Maps
+from bids_gacelle.engine.result import BlockMaps, BlockResult, Maps
 from bids_gacelle.engine.solvers import Problem, Settings, Solution, Solver
+from bids_gacelle.engine.solvers.adam import minimise_whole
 from bids_gacelle.engine.solvers.admm import AdmmSettings, Ended, Pull, minimise_with_terms
 from bids_gacelle.engine.solvers.lm import LmSettings, minimise
 from bids_gacelle.engine.solvers.lm import solve as solve_by_lm
@@ -32,16 +34,19 @@ from bids_gacelle.engine.uncertainty import Assessor
 
 # ADMM costs about as much as so many more starts.
 EXTRA_STARTS = 15
-# Prepared data of several blocks are kept on the host up to this size, and else prepared again.
+# Prepared data of several blocks are kept on the host up to this size, or what the plan leaves of
+# the host's memory, and else prepared again.
 KEEP_BYTES = 2**30
 # Weight of the median noise variance of all voxels beside the residuals of a voxel, as degrees of
 # freedom: with few of its own, a voxel that fits well by chance would count for far too much.
 _SHARED_DEGREES = 4.0
 _LEAST_VARIANCE = 1e-12
-# Share of the progress that the voxel-wise start takes.
-_START_SHARE = 0.4
+# Shares of the progress where the voxel-wise start ends and the last fits begin.
+_START_SHARE, _STORE_FROM = 0.4, 0.9
 
-Progress = Callable[[int, int], None]
+Report = Callable[[float], None]
+
+logger = logging.getLogger(__name__)
 
 
 class VoxelFitter(Protocol):
@@ -53,12 +58,21 @@ class VoxelFitter(Protocol):
     kernel: Kernel
     exact: Kernel
     assessor: Assessor
+    link: Link
 
     def problem(self, kernel: Kernel, exact: Voxels) -> Problem:
         """Return the problem of some voxels in the precision of the kernel."""
 
-    def with_noise(self, block: Block, variance: Tensor | None = None) -> Voxels:
+    def with_noise(self, block: Block) -> Voxels:
         """Return the voxels with what the objective needs besides the data."""
+
+    def feeder(self, study: Study, queue: Queue, size: int) -> Feeder:
+        """Return what sends blocks of the voxels in a queue to the device."""
+
+    def blocks(
+        self, study: Study, size: int, pieces: Sequence[tuple[int, int]] | None = None
+    ) -> Iterator[tuple[slice, Block]]:
+        """Yield slices of the voxels in the mask with their block on the device."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +113,21 @@ class SpatialPlan:
         fitter: VoxelFitter,
         study: Study,
         maps: Maps,
-        size: int,
-        progress: Progress | None,
+        plan: Plan,
+        report: Report = lambda share: None,
     ) -> dict[str, Any]:
-        """Fit all voxels together, store them and return the trace."""
-        return _SpatialFit(self, fitter, study, size, progress).run(maps)
+        """Fit all voxels together, store them and return the trace.
+
+        Parameters
+        ----------
+        fitter, study, plan
+            Of the voxels; the plan says how many at once.
+        maps
+            Get nothing before the joint minimisation has ended.
+        report
+            Called with the share that is done.
+        """
+        return _SpatialFit(self, fitter, study, plan, report).run(maps)
 
 
 def plan_spatial(
@@ -134,7 +158,10 @@ def plan_spatial(
 
 
 class Part(NamedTuple):
-    """A block: its voxels of the mask, and the place of the usable ones among all usable ones."""
+    """A block: its voxels of the mask, and the place of the usable ones among all usable ones.
+
+    Blocks without any are not among the parts.
+    """
 
     start: int
     stop: int
@@ -171,26 +198,26 @@ class _SpatialFit:
         plan: SpatialPlan,
         fitter: VoxelFitter,
         study: Study,
-        size: int,
-        progress: Progress | None,
+        blocks: Plan,
+        report: Report,
     ) -> None:
-        self.plan, self.fitter, self.study, self.size = plan, fitter, study, size
+        self.plan, self.fitter, self.study, self.size = plan, fitter, study, blocks.block_size
         self.kernel, self.device = fitter.kernel, fitter.device
-        self._progress, self._done = progress, 0
-        amplitude = self.kernel.amplitude is not None
-        self.scale = study.common_scale() if amplitude else None
+        self._report = report
+        study.use_common_scale()
         self.variance: Tensor | None = None
         self._kept: dict[int, Voxels] = {}
-        self._kept_bytes = 0
+        self._keep = KEEP_BYTES
+        if blocks.limit is not None and self.device.type == "cpu":
+            self._keep = max(blocks.limit - blocks.predicted, 0)
         own = {f.name: getattr(fitter.settings, f.name) for f in fields(Settings)}
         known = isinstance(fitter.settings, LmSettings)
         self.lm = fitter.settings if known else LmSettings(**own)
 
     def run(self, maps: Maps) -> dict[str, Any]:
         """Fit, store in the maps and return the trace."""
-        start = self._fit_voxels()
+        start = self._fit_voxels(maps)
         if start.n == 0:
-            self._report(1.0)
             return {"spatial": {}, "objective": []}
         self.variance = self._shared_variance(torch.cat(start.variance))
         self.parts = start.parts
@@ -206,41 +233,38 @@ class _SpatialFit:
             position, told, objective = self._by_gradients(position, unit, terms)
             pull = None
         self._store(maps, start, position, pull, unit)
-        self._report(1.0)
         return {"spatial": told, "objective": objective}
 
     # ------------------------------------------------------------------ start and data
 
-    def _fit_voxels(self) -> _Start:
-        """Fit every voxel on its own."""
+    def _fit_voxels(self, maps: Maps) -> _Start:
+        """Fit every voxel on its own; blocks without a usable one are stored."""
         start = _Start()
 
-        def work(first: int, last: int) -> None:
-            block = self._block(first, last)
+        def work(first: int, last: int, block: Block) -> None:
             if block.usable.any():
                 exact = self.fitter.with_noise(block)
-                problem = replace(self.fitter.problem(self.kernel, exact), settings=self.lm)
-                problem = replace(
-                    problem, voxels=_pullable(problem.voxels, len(self.kernel.lower))
-                )
-                solution = solve_by_lm(problem)
+                solution = solve_by_lm(self._first_problem(exact))
                 variance = exact.noise_variance
                 if variance is None:
-                    variance = self._residual_variance(exact, solution.position.double())
+                    position = solution.position.double()
+                    variance = from_residuals(self.fitter.exact, exact, position)
                 index = self.study.index[first:last][block.usable]
                 start.add(first, last, index, solution)
                 start.variance.append(variance)
+            else:
+                maps.put(first, block.usable, None)
             self._report(_START_SHARE * last / self.study.n)
 
-        for_blocks(self.study.n, self.size, work)
+        with self.fitter.feeder(self.study, Queue(self.study.n), self.size) as feeder:
+            for_blocks(feeder, work)
         return start
 
-    def _block(self, first: int, last: int) -> Block:
-        return self.study.block(first, last, self.device, self.fitter.model, self.scale)
-
-    def _residual_variance(self, exact: Voxels, position: Tensor) -> Tensor:
-        residual = self.fitter.exact.signal(position, exact.inputs) - exact.data
-        return (residual**2).sum(0) / max(self.study.degrees, 1)
+    def _first_problem(self, exact: Voxels) -> Problem:
+        """Return the problem of voxels without spatial terms."""
+        problem = self.fitter.problem(self.kernel, exact)
+        voxels = _pullable(problem.voxels, len(self.kernel.lower))
+        return replace(problem, voxels=voxels, settings=self.lm)
 
     def _shared_variance(self, variance: Tensor) -> Tensor:
         """Return noise variances; estimated ones are drawn to their median."""
@@ -264,26 +288,38 @@ class _SpatialFit:
         factor = {"l2": torch.full_like(variance, 0.5), "l1": variance.sqrt()}
         return total * factor.get(self.kernel.objective.loss, torch.ones_like(variance))
 
-    def exact(self, part: Part) -> tuple[Block, Voxels]:
-        """Return a block and its voxels in double precision."""
+    def _exact(self, parts: Sequence[Part]) -> Iterator[tuple[Block, Voxels]]:
+        """Yield the blocks of parts and their voxels in double precision."""
         assert self.variance is not None
-        block = self._block(part.start, part.stop)
-        return block, self.fitter.with_noise(block, self.variance[part.place])
+        pieces = [(part.start, part.stop) for part in parts]
+        blocks = self.fitter.blocks(self.study, self.study.n, pieces)
+        for part, (_, block) in zip(parts, blocks, strict=True):
+            voxels = block.voxels
+            if self.kernel.objective.needs_noise and voxels.noise_variance is None:
+                voxels = voxels._replace(noise_variance=self.variance[part.place])
+            yield block, self.fitter.with_noise(replace(block, voxels=voxels))
 
-    def voxels(self, part: Part) -> Voxels:
-        """Return the voxels of a block on the device in the precision of the fit."""
-        if part.start in self._kept:
-            return self._kept[part.start].map(lambda t: t.to(self.device, non_blocking=True))
-        problem = self.fitter.problem(self.kernel, self.exact(part)[1])
-        voxels = problem.voxels
+    def _voxels(self) -> Iterator[tuple[Part, Voxels]]:
+        """Yield the parts with their voxels on the device in the precision of the fit."""
+        missing = self._exact([part for part in self.parts if part.start not in self._kept])
+        for part in self.parts:
+            if part.start in self._kept:
+                kept = self._kept[part.start]
+                yield part, kept.map(lambda t: t.to(self.device, non_blocking=True))
+            else:
+                voxels = self.fitter.problem(self.kernel, next(missing)[1]).voxels
+                self._remember(part, voxels)
+                yield part, voxels
+
+    def _remember(self, part: Part, voxels: Voxels) -> None:
+        """Keep prepared voxels: a single block where it is, of several those that fit the host."""
         size = sum(t.numel() * t.element_size() for t in voxels.tensors())
         if len(self.parts) == 1:
             self._kept[part.start] = voxels
-        elif self._kept_bytes + size <= KEEP_BYTES:
-            self._kept_bytes += size
+        elif size <= self._keep:
+            self._keep -= size
             pinned = self.device.type == "cuda"
             self._kept[part.start] = voxels.map(lambda t: t.cpu().pin_memory() if pinned else t)
-        return voxels
 
     # ------------------------------------------------------------------ joint minimisation
 
@@ -292,9 +328,8 @@ class _SpatialFit:
     ) -> Ended:
         def step(x: Tensor, pull: Pull) -> tuple[Tensor, Tensor]:
             new, fidelity = torch.empty_like(x), torch.empty_like(unit)
-            for part in self.parts:
+            for part, own in self._voxels():
                 at = part.place
-                own = self.voxels(part)
                 problem = self._problem(own, pull, at, unit)
                 state = minimise(problem, x[:, at], settings.spatial_evaluations)
                 new[:, at] = state.position
@@ -309,26 +344,30 @@ class _SpatialFit:
             curvature / unit.to(curvature),
             terms,
             settings,
-            lambda share: self._report(_START_SHARE + (0.95 - _START_SHARE) * share),
+            self._report_joint,
         )
+
+    def _report_joint(self, share: float) -> None:
+        self._report(_START_SHARE + (_STORE_FROM - _START_SHARE) * share)
 
     def _by_gradients(
         self, position: Tensor, unit: Tensor, terms: list[Term]
     ) -> tuple[Tensor, dict[str, Any], list[float]]:
-        """Minimise over the volume by a first-order solver."""
-        try:
-            module: Any = importlib.import_module("bids_gacelle.engine.solvers.adam")
-        except ModuleNotFoundError as error:
-            raise EngineError("This solver takes no regularisers: use solver 'lm'.") from error
+        """Minimise over the volume by a first-order solver, which needs all data at once."""
+        if len(self.parts) > 1:
+            logger.warning(
+                "First-order solvers with spatial terms hold all data in memory, whatever the "
+                "limit; solver 'lm' does not."
+            )
         settings: Any = self.fitter.settings
-        whole = module.minimise_whole(
+        whole = minimise_whole(
             self.kernel,
-            [(part.place, self.voxels(part)) for part in self.parts],
+            [(part.place, voxels) for part, voxels in self._voxels()],
             position,
             unit.to(self.kernel.dtype),
             terms,
             settings,
-            lambda share: self._report(_START_SHARE + (0.95 - _START_SHARE) * share),
+            self._report_joint,
         )
         told = {"iterations": len(whole.trace), "converged": whole.converged}
         return whole.position(settings.output), told, whole.trace
@@ -336,8 +375,8 @@ class _SpatialFit:
     def _look(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return costs (voxels,) and second derivatives (parameters, voxels) at a position."""
         costs, curvatures = [], []
-        for part in self.parts:
-            found = self.kernel.normal_equations(position[:, part.place], self.voxels(part))
+        for part, voxels in self._voxels():
+            found = self.kernel.normal_equations(position[:, part.place], voxels)
             costs.append(found.cost.double())
             curvatures.append(_profile(unpack(found.hessian)))
         return torch.cat(costs), torch.cat(curvatures, 1)
@@ -353,18 +392,29 @@ class _SpatialFit:
     def _store(
         self, maps: Maps, start: _Start, position: Tensor, pull: Pull | None, unit: Tensor
     ) -> None:
-        """Assess all voxels and store them."""
-        for k, part in enumerate(self.parts):
-            block, exact = self.exact(part)
-            solution = self._solution(start, k, position, pull, unit)
-            where = part.start + np.flatnonzero(block.usable)
-            for piece, ended, verdict in self.fitter.assessor.assess(
-                exact, solution, block.shared
-            ):
-                maps.store(where[piece], block.scale[piece], self.fitter.exact, ended, verdict)
+        """Fit all voxels to the end, assess and store them."""
+        assessor, exact_kernel = self.fitter.assessor, self.fitter.exact
+        for k, (block, exact) in enumerate(self._exact(self.parts)):
+            part = self.parts[k]
+            own = self._kept.get(part.start)
+            if own is None:
+                own = self.fitter.problem(self.kernel, exact).voxels
+            own = own.map(lambda t: t.to(self.device, non_blocking=True))
+            solution = self._solution(start, k, own, position, pull, unit)
+            out = BlockMaps(self.fitter.model, exact.data.shape[-1], self.device)
+            for piece, ended, verdict in assessor.assess(exact, solution, block.shared):
+                out.store(piece, block.scale[piece], exact_kernel, ended, verdict)
+            maps.put(part.start, block.usable, BlockResult(*self.fitter.link.fetch(out.result)()))
+            self._report(_STORE_FROM + (1 - _STORE_FROM) * part.stop / self.study.n)
 
     def _solution(
-        self, start: _Start, k: int, position: Tensor, pull: Pull | None, unit: Tensor
+        self,
+        start: _Start,
+        k: int,
+        own: Voxels,
+        position: Tensor,
+        pull: Pull | None,
+        unit: Tensor,
     ) -> Solution:
         """Return the solution of a block; with a pull, after a last fit of it to the end."""
         at = self.parts[k].place
@@ -372,18 +422,12 @@ class _SpatialFit:
         converged = torch.ones_like(evaluations, dtype=torch.bool)
         cost = torch.zeros_like(place[0])
         if pull is not None:
-            problem = self._problem(self.voxels(self.parts[k]), pull, at, unit)
+            problem = self._problem(own, pull, at, unit)
             end = minimise(problem, place)
             place, converged, cost = end.position, end.converged, end.cost
             evaluations = evaluations + end.evaluations
         exact = place.double()
         return Solution(exact, converged, evaluations, start.winner[k], exact[None], cost[None])
-
-    def _report(self, share: float) -> None:
-        now = int(share * self.study.n)
-        if self._progress is not None and now > self._done:
-            self._done = now
-            self._progress(now, self.study.n)
 
 
 def _profile(hessian: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowe
 # Voxels are scored in chunks of one fixed size: a matrix product may round differently when its
 # shape changes, and a start must not depend on the size of a block.
 CHUNK = 2048
-# Entries of mixtures scored at once: the dozen temporaries of a closed form should stay in cache.
+# Entries scored at once: the dozen temporaries of a closed form should stay in cache.
 _TILE = 32
 # Linear parameters are not searched for, so fewer entries do; more than these find no more optima.
 _ENTRIES_PER_PARAMETER = 64
@@ -133,10 +133,7 @@ def _chunk_starts(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Ten
     if guess is not None and len(dictionary.regions) == 1 and bool(guess.isfinite().all()):
         starts = [guess]
     else:
-        if kernel.model.linear:
-            starts, costs = _best_mixtures(kernel, voxels, dictionary)
-        else:
-            starts, costs = _best_entries(kernel, voxels, dictionary)
+        starts, costs = _best_of_regions(kernel, voxels, dictionary)
         if guess is not None:
             best = torch.stack(costs).argmin(0)
             fallback = torch.stack(starts)[best, :, torch.arange(CHUNK, device=best.device)].T
@@ -156,50 +153,49 @@ def _guess(kernel: Kernel, voxels: Voxels) -> Tensor | None:
     return kernel.coordinates(guess)
 
 
-def _best_entries(
+def _best_of_regions(
     kernel: Kernel, voxels: Voxels, dictionary: Dictionary
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the best entry (parameters, voxels) of each region, and its misfit (voxels,)."""
-    score = _misfit(kernel, voxels, dictionary)
-    starts, costs = [], []
-    for region in dictionary.regions:
-        best = score[region].argmin(0)
-        starts.append(dictionary.position[:, region[best]])
-        costs.append(score[region].gather(0, best[None])[0])
-    return starts, costs
-
-
-def _misfit(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Tensor:
-    """Return sums of squares up to a constant of each voxel, (entries, voxels)."""
-    signal = dictionary.signal.T
-    weight = voxels.loss_weight()
-    if weight is None:
-        product = signal @ voxels.data
-        power = (signal * signal).sum(1)[:, None]
-    else:
-        product = signal @ (voxels.data * weight)
-        power = (signal * signal) @ weight
-    if kernel.amplitude is None:
-        return power - 2 * product
-    return -(product.clamp_min(0) ** 2) / power  # at the best amplitude of each entry
-
-
-def _best_mixtures(
-    kernel: Kernel, voxels: Voxels, dictionary: Dictionary
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the best entry of each region with its best linear parameters, and its misfit."""
+    linear = bool(kernel.model.linear)
     starts, costs = [], []
     for region in dictionary.regions:
         lowest = torch.full_like(voxels.data[0], torch.inf)
         entry = torch.zeros_like(lowest, dtype=torch.long)
         for tile in region.split(_TILE):
-            cost, best = _mixture_misfit(dictionary.signal[:, tile], voxels).min(0)
+            if linear:
+                misfit = _mixture_misfit(dictionary.signal[:, tile], voxels)
+            else:
+                misfit = _misfit(dictionary.signal[:, tile].T, voxels, kernel.amplitude)
+            cost, best = misfit.min(0)
             better = cost < lowest
             entry = torch.where(better, tile[best], entry)
             lowest = torch.where(better, cost, lowest)
-        starts.append(_project_linear(kernel, dictionary, entry, voxels))
+        if linear:
+            starts.append(_project_linear(kernel, dictionary, entry, voxels))
+        else:
+            starts.append(dictionary.position[:, entry])
         costs.append(lowest)
     return starts, costs
+
+
+def _misfit(signal: Tensor, voxels: Voxels, amplitude: int | None) -> Tensor:
+    """Return sums of squares up to a constant of each voxel, (entries, voxels).
+
+    Parameters
+    ----------
+    signal
+        (entries, measurements).
+    amplitude
+        Index of the amplitude; there is one: at the best amplitude of each entry.
+    """
+    weight = voxels.loss_weight()
+    data = voxels.data if weight is None else voxels.data * weight
+    square = signal * signal
+    power = square.sum(1)[:, None] if weight is None else square @ weight
+    if amplitude is None:
+        return torch.addmm(power, signal, data, alpha=-2)
+    return -((signal @ data).clamp_min(0) ** 2) / power
 
 
 def _mixture_misfit(signal: Tensor, voxels: Voxels) -> Tensor:
@@ -216,7 +212,7 @@ def _mixture_misfit(signal: Tensor, voxels: Voxels) -> Tensor:
     """
     last = signal[-1]
     others = signal[:-1] - last
-    weight = voxels.weight
+    weight = voxels.loss_weight()
     data = voxels.data if weight is None else voxels.data * weight
 
     def power(first: Tensor, second: Tensor) -> Tensor:
@@ -237,7 +233,8 @@ def _project_linear(
     signal = dictionary.signal[:, entry].double().transpose(1, 2)  # (signals, M, voxels)
     last = signal[-1]
     others = signal[:-1] - last
-    weighted = others if voxels.weight is None else others * voxels.weight
+    weight = voxels.loss_weight()
+    weighted = others if weight is None else others * weight
     offset = voxels.data - last
     gram = [[(a * b).sum(0) for b in others] for a in weighted]
     slope = [(a * offset).sum(0) for a in weighted]

@@ -20,8 +20,10 @@ RIVAL_DEPTH = 1.0
 RIVAL_RISE = 9.0
 
 
-# Voxels assessed at once: tensors of double precision that stay in a processor's cache.
+# Voxels assessed at once: tensors of double precision that stay in a processor's cache ...
 _AT_ONCE = 1024
+# ... or keep a GPU busy.
+_AT_ONCE_CUDA = 1 << 16
 
 
 class Assessment(NamedTuple):
@@ -74,10 +76,15 @@ class Moments(NamedTuple):
 
 
 class Assessor:
-    """Judges solutions of one model in double precision, compiled when asked for."""
+    """Judges solutions of one model in double precision, compiled when asked for.
 
-    def __init__(self, kernel: Kernel, *, compiled: bool) -> None:
+    On a GPU `lanes` voxels at once, if that many fit.
+    """
+
+    def __init__(self, kernel: Kernel, *, compiled: bool, lanes: int) -> None:
         self.kernel = kernel
+        on_gpu = kernel.device.type == "cuda"
+        self.at_once = max(min(lanes, _AT_ONCE_CUDA), _AT_ONCE) if on_gpu else _AT_ONCE
         self._moments = kernel.compile("moments", self.moments) if compiled else self.moments
 
     def assess(
@@ -85,9 +92,9 @@ class Assessor:
     ) -> Iterator[tuple[slice, Solution, Assessment]]:
         """Yield slices of the voxels with their solution and assessment, in double precision."""
         n = voxels.data.shape[-1]
-        for begin in range(0, n, _AT_ONCE):
-            count = min(_AT_ONCE, n - begin)
-            index = torch.arange(begin, begin + _AT_ONCE, device=voxels.data.device)
+        for begin in range(0, n, self.at_once):
+            count = min(self.at_once, n - begin)
+            index = torch.arange(begin, begin + self.at_once, device=voxels.data.device)
             part = index.clamp_max(n - 1)  # a compiled function is bound to its shapes
             where = slice(begin, begin + count)
             common = None if shared is None else shared.take(where)
@@ -139,7 +146,8 @@ class Assessor:
         weight = voxels.weight
         if self.kernel.objective.noise == "rician" and self.kernel.averages is None:
             # What the mean of a magnitude tells of its signal: a little less than all.
-            variance = voxels.variance()
+            variance = voxels.channel_variance
+            assert variance is not None
             _, slope = rician.mean(expected, variance)
             told = slope**2 * variance / rician.spread(expected, variance)
             weight = told if weight is None else weight * told

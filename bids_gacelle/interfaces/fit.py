@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,14 @@ import torch
 from nipype.interfaces.base import TraitedSpec, traits
 
 from bids_gacelle.bids.series import series_from_json
-from bids_gacelle.engine import EngineError, FitResult, fit, get_model
+from bids_gacelle.engine import (
+    EngineError,
+    FitInterrupted,
+    FitResult,
+    Progress,
+    fit,
+    get_model,
+)
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
 from bids_gacelle.interfaces.models import split_options
@@ -68,6 +77,8 @@ class FitModel(Step):
             result = call(data, slice(None), _progress(title))
         except EngineError as error:
             raise InputError(f"{title}: {error}") from error
+        except FitInterrupted:  # an unfinished fit is no fit: the run ends
+            raise KeyboardInterrupt from None
         if self.inputs.use_gpu:
             result.settings["peak_vram_gb"] = torch.cuda.max_memory_allocated() / 1e9
         _log_outcome(title, result)
@@ -89,7 +100,7 @@ class FitModel(Step):
 
 def build_model(name: str, settings: Settings, prepared: dict[str, Any]) -> tuple[Any, np.ndarray]:
     """The model for the prepared scheme, and the rows of the signals that it describes."""
-    own, _ = split_options(name, settings.model_options.get(name, {}))
+    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
     model = get_model(name)(scheme_from_json(prepared["scheme"]), **own)
     # Invariants follow each other by order, so a model of a lower l_max takes the first ones.
     signals = np.load(prepared["signals"], mmap_mode="r")
@@ -107,7 +118,8 @@ def load_fit(fitted: dict[str, Any]) -> dict[str, np.ndarray]:
 def _fit_call(
     model: Any, settings: Settings, prepared: dict[str, Any]
 ) -> Callable[[np.ndarray, slice, Any], FitResult]:
-    _, options = split_options(model.name, settings.model_options.get(model.name, {}))
+    given = settings.model_options.get(model.name, {})
+    _, options = split_options(model.name, given, settings.solver)
     sigma = np.load(prepared["sigma"], mmap_mode="r") if prepared["sigma"] else None
     inputs = {k: np.load(v) for k, v in prepared["inputs"].items() if k in model.voxel_inputs}
     scale = np.load(prepared["scale_sigma"], mmap_mode="r") if "scale_sigma" in prepared else None
@@ -134,49 +146,72 @@ def _fit_call(
 
 
 def _announce(title: str, call: Callable[..., FitResult], data: np.ndarray) -> None:
-    """Say how long a large fit will take and what memory it needs, from a small pilot fit."""
+    """Say how long a large fit will take, from a small pilot fit; the engine says the memory."""
     n = data.shape[1]
     if n < 20 * PILOT_VOXELS:
         return
     voxels = slice(0, n, n // PILOT_VOXELS)
-    call(data, voxels, None)  # warms up
-    start = time.perf_counter()
-    call(data, voxels, None)
+    with _quiet_engine():
+        call(data, voxels, None)  # warms up
+        start = time.perf_counter()
+        call(data, voxels, None)
     seconds = (time.perf_counter() - start) * n / len(range(*voxels.indices(n)))
-    gigabytes = data.nbytes * 3 / 1e9 + 0.5
     LOGGER.info(
-        "%s: %s voxels, about %s and %.1f GB of memory.",
+        "%s: %s voxels, about %s.",
         title,
         f"{n:,}",
         f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min",
-        gigabytes,
     )
 
 
-def _progress(title: str) -> Callable[[int, int], None]:
+@contextmanager
+def _quiet_engine() -> Iterator[None]:
+    """Keep what the engine says of small fits out of the log."""
+    logger = logging.getLogger("bids_gacelle.engine")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _progress(title: str) -> Callable[[Progress], None]:
     """A bar on a terminal, else a line for every 10 %, some seconds apart at least."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        bar = tqdm(desc=title, unit="voxel", leave=False)
+        bar = tqdm(desc=title, unit="voxel", unit_scale=True, leave=False)
 
-        def draw(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-            if done >= total:
+        def draw(progress: Progress) -> None:
+            bar.total = progress.total
+            bar.set_postfix_str(_converged(progress), refresh=False)
+            bar.update(progress.done - bar.n)
+            if progress.done >= progress.total:
                 bar.close()
 
         return draw
     reported, said = 0, time.monotonic()
 
-    def line(done: int, total: int) -> None:
+    def line(progress: Progress) -> None:
         nonlocal reported, said
-        tenth = math.floor(10 * done / max(total, 1))
+        tenth = math.floor(10 * progress.done / max(progress.total, 1))
         if tenth > reported and time.monotonic() - said > SECONDS_BETWEEN_LINES:
             reported, said = tenth, time.monotonic()
-            LOGGER.info("%s: %d %% of %s voxels", title, 10 * tenth, f"{total:,}")
+            parts = [
+                f"{10 * tenth} % of {progress.total:,} voxels",
+                f"{progress.voxels_per_second:,.0f} voxels/s",
+                _converged(progress),
+            ]
+            LOGGER.info("%s: %s", title, ", ".join(filter(None, parts)))
 
     return line
+
+
+def _converged(progress: Progress) -> str:
+    if math.isnan(progress.converged):
+        return ""
+    return f"{100 * progress.converged:.0f} % converged"
 
 
 def _log_outcome(title: str, result: FitResult) -> None:

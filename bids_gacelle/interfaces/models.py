@@ -9,12 +9,10 @@ from typing import Any
 from bids_gacelle.bids.options import ModelNeeds
 from bids_gacelle.engine import EngineError, SignalModel, list_models
 from bids_gacelle.engine import get_model as engine_model
-from bids_gacelle.engine.device import resolve_device as engine_device
+from bids_gacelle.engine.device import resolve_devices
+from bids_gacelle.engine.solvers import check_solver_options, solver_options
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.model_files import model_file
-
-FIT_OPTIONS = ("starts",)
-"""Options of ``--set`` that go to the solver instead of the model."""
 
 
 def get_model(name: str) -> type[SignalModel]:
@@ -56,36 +54,43 @@ def select_models(names: Iterable[str], solver: str = "lm") -> tuple[str, ...]:
     return closed
 
 
-def split_options(model: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the model's constructor, and options of `engine.fit`.
+def split_options(
+    model: str, options: Mapping[str, Any], solver: str = "lm"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the model's constructor, and arguments of `engine.fit`: starts and options.
 
     Raises
     ------
     InputError
-        The model has no such option, or not with this value.
+        Neither the model nor the solver has such an option, or not with this value.
     """
     known = get_model(model).options
+    tuning = [name for name in ("starts", *solver_options(solver)) if name not in known]
     for name in options:
-        if name not in known and name not in FIT_OPTIONS:
-            have = ", ".join([*known, *FIT_OPTIONS])
-            raise InputError(f"--set {model}.{name}: {model} has no such option. It has: {have}.")
+        if name not in known and name not in tuning:
+            have = ", ".join([*known, *tuning])
+            raise InputError(
+                f"--set {model}.{name}: neither {model} nor the solver {solver} has such an "
+                f"option. There are: {have}."
+            )
     own = {k: v for k, v in options.items() if k in known}
-    fitting = {k: v for k, v in options.items() if k in FIT_OPTIONS}
-    starts = fitting.get("starts", 1)
-    if not isinstance(starts, int) or isinstance(starts, bool) or starts < 1:
-        raise InputError(f"--set {model}.starts={starts}: give a whole number of at least 1.")
+    rest = {k: v for k, v in options.items() if k not in known}
     try:
         get_model(model).check_options(own)
+        check_solver_options(solver, rest)
     except EngineError as error:
         raise InputError(f"--set {model}: {error}") from error
-    return own, fitting
+    starts = {"starts": rest.pop("starts")} if "starts" in rest else {}
+    return own, starts | ({"options": rest} if rest else {})
 
 
-def check_options(models: Iterable[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+def check_options(
+    models: Iterable[str], options: Mapping[str, Mapping[str, Any]], solver: str = "lm"
+) -> None:
     """Refuse ``--set`` for models that are not there or options they do not have."""
     for model, values in options.items():
         select_models([model])
-        split_options(model, values)
+        split_options(model, values, solver)
         if model not in models:
             raise InputError(f"--set {model}: {model} is not among the models to fit.")
 
@@ -125,7 +130,7 @@ def describe_models() -> str:
 
 
 def resolve_device(device: str) -> str:
-    """The device that ``--device`` means on this machine: ``cpu`` or ``cuda:N``.
+    """The device that ``--device`` means on this machine: ``cpu``, ``cuda:N`` or ``cuda:all``.
 
     Raises
     ------
@@ -133,6 +138,7 @@ def resolve_device(device: str) -> str:
         The device is not there.
     """
     try:
-        return str(engine_device(device))
+        devices = resolve_devices(device)
+        return str(devices[0]) if len(devices) == 1 else device
     except ValueError as error:
         raise InputError(f"--device {device}: {error}") from error

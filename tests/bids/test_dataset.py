@@ -452,6 +452,7 @@ def test_varying_acquisition_becomes_arrays_and_constant_stays_a_number(raw):
             {"solver": "lm", "prior": {"fn": [0.5, 0.1]}},
             "Levenberg-Marquardt, maximum a posteriori, Gaussian noise, prior as given in Model",
         ),
+        ({"solver": "adam", "starts": 1}, "Adam, maximum likelihood, Gaussian noise, 1 start"),
         ({"solver": "linear", "noise": "gaussian", "loss": "l2"}, "linear least squares"),
     ],
 )

@@ -269,7 +269,7 @@ def test_settings_are_plain_data_and_progress_goes_to_the_end():
         sigma=sigma,
         voxel_size=(1, 2),
         regularise=[TV(["offset"], 2.0, huber=0.1), MapPrior("factor", 0.3, np.ones((5, 4)), 0.1)],
-        progress=lambda *a: calls.append(a),
+        progress=calls.append,
     )
     assert json.loads(json.dumps([result.settings, result.trace])) == [
         result.settings,
@@ -279,8 +279,11 @@ def test_settings_are_plain_data_and_progress_goes_to_the_end():
     assert [t["term"] for t in told["terms"]] == ["TV", "MapPrior"]
     assert told["iterations"] == len(result.trace["objective"]) - 1
     assert len(told["rho"]) == 2
-    assert calls[-1] == (20, 20)
-    assert [c[0] for c in calls] == sorted({c[0] for c in calls})
+    done = [call.done for call in calls]
+    assert done[-1] == 20
+    assert done == sorted(set(done))
+    assert {call.total for call in calls} == {20}
+    assert calls[-1].converged == 1
 
 
 def test_no_usable_voxel_is_no_error():

@@ -16,7 +16,6 @@ from bids_gacelle.engine import (
     fit,
     get_model,
 )
-from bids_gacelle.engine.blocks import for_blocks
 from bids_gacelle.engine.device import resolve_device
 
 from .helpers import Line, draw, draw_inputs, make_model, noisy
@@ -112,9 +111,9 @@ def test_a_negative_sample_is_noise_not_a_bad_voxel():
 def test_all_voxels_bad_is_no_error():
     model = make_model("r2star")
     calls = []
-    result = fit(model, np.full((8, 5), np.nan), progress=lambda *a: calls.append(a))
+    result = fit(model, np.full((8, 5), np.nan), progress=calls.append)
     assert (result.flags == 4).all()
-    assert calls[-1] == (5, 5)
+    assert (calls[-1].done, calls[-1].total) == (5, 5)
     assert result.settings["at_bound"] == {"S0": 0.0, "R2star": 0.0}
 
 
@@ -276,46 +275,10 @@ def test_prior_draws_estimates_in_and_lowers_their_error():
     assert residual.settings["sigma"] == "residual"
 
 
-def test_progress_grows_to_the_number_of_voxels():
-    model = make_model("r2star")
-    calls = []
-    fit(
-        model,
-        noisy(model, tissue(500, 27), 3.0, 28),
-        block_size=120,
-        progress=lambda done, total: calls.append((done, total)),
-    )
-    done = [c[0] for c in calls]
-    assert done == sorted(set(done))
-    assert calls[-1] == (500, 500)
-    assert {c[1] for c in calls} == {500}
-
-
-def test_a_gpu_that_runs_out_of_memory_gets_smaller_blocks():
-    covered = np.zeros(20_000, int)
-    sizes = []
-
-    def work(start, stop):
-        sizes.append(stop - start)
-        if stop - start > 3000:
-            raise torch.cuda.OutOfMemoryError("too large")
-        covered[start:stop] += 1
-
-    for_blocks(20_000, 10_000, work)
-    assert (covered == 1).all()
-    assert sizes[:3] == [10_000, 5_000, 2_500]
-
-    def hopeless(start, stop):
-        raise torch.cuda.OutOfMemoryError("too small")
-
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        for_blocks(20_000, 10_000, hopeless)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"solver": "adam"}, "no solver 'adam'; known are lm, linear"),
+        ({"solver": "simplex"}, "no solver 'simplex'; known are lm, adam"),
         ({"solver": "linear"}, "line has no closed-form estimate"),
         ({"noise": "poisson"}, "'poisson' is unknown; there are gaussian, rician"),
         ({"loss": "l3"}, "'l3' is unknown; there are l2, l1, huber"),
@@ -343,7 +306,10 @@ def test_a_gpu_that_runs_out_of_memory_gets_smaller_blocks():
         ({"scale_sigma": np.ones((1, 4)), "scale_group": [0] * 4}, "must be 5 whole numbers"),
         ({"scale_sigma": np.ones((1, 4)), "scale_group": [0.5] * 5}, "must be 5 whole numbers"),
         ({"scale_sigma": np.ones((1, 4)), "scale_group": [0, 0, 0, 0, 1]}, "the groups 0 to 0"),
-        ({"block_size": 0}, "must be positive"),
+        ({"block_size": 0}, "block_size must be positive"),
+        ({"memory_limit": 0}, "memory_limit must be positive"),
+        ({"memory_limit": 1000}, r"memory_limit is 0 MB, .* needs at least \d+ MB"),
+        ({"device": []}, "list of devices is empty"),
         ({"options": {"tolerance": 1}}, "no option 'tolerance'; known are .*ftol"),
         ({"options": {"dictionary": 4}, "starts": 5}, "4 entries cannot give 5 starts"),
         ({"data": np.ones((3, 4))}, "expects 5 measurements"),

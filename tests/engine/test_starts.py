@@ -81,7 +81,7 @@ def problem(name, n, weighted, dtype=torch.float64, **options):
         weight = torch.tensor(np.random.default_rng(23).uniform(0.2, 2, data.shape), dtype=dtype)
         weight[2] = 0
     kernel = Kernel(model, Objective(), dtype, CPU)
-    return kernel, Voxels(data, weight, None, {})
+    return kernel, Voxels(data, weight, inputs={})
 
 
 CASES = pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_projected_starts_take_the_place_of_a_missing_guess(starts):
     params = {k: torch.tensor([t[k] for t in truth]).double() for k in ("offset", "factor")}
     data = model.signal(params)
     found = find_starts(
-        kernel, Voxels(data, None, None, {}), build_dictionary(kernel, 64, starts, 0)
+        kernel, Voxels(data, None, inputs={}), build_dictionary(kernel, 64, starts, 0)
     )
     misfit = (kernel.signal(found[0], {}) - data).abs().amax(0)
     assert float(misfit.max()) < 0.15  # the slope is off by 1/64 of its range or less

@@ -172,7 +172,15 @@ def test_failed_report_is_in_the_summary(dataset, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "option", ["nexi.l_max=two", "nexi.l_max=3", "nexi.starts=abc", "nexi.starts=0"]
+    "option",
+    [
+        "nexi.l_max=two",
+        "nexi.l_max=3",
+        "nexi.starts=abc",
+        "nexi.starts=0",
+        "nexi.ftol=small",
+        "nexi.iterations=100",
+    ],
 )
 def test_wrong_option_values_exit_with_2(dataset, tmp_path, capsys, option):
     assert run(dataset, tmp_path / "out", "--set", option) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -109,8 +108,8 @@ class Nexi(SignalModel):
         sharpest = float(scheme.b.max()) * _FITTED[1].bounds[1]
         # Six nodes err by 2e-6, far below any noise: enough for single-precision fits.
         self._rules = {
-            torch.float32: powder_rule(sharpest, 6),
-            torch.float64: powder_rule(sharpest, 8),
+            dtype: _nodes(*powder_rule(sharpest, n))
+            for dtype, n in ((torch.float32, 6), (torch.float64, 8))
         }
 
     @property
@@ -144,7 +143,7 @@ class Nexi(SignalModel):
         along, beside, rate = self._exponents(params)
         s0 = s2 = torch.zeros_like(rate)
         # One node after the other: tensors stay small, and a compiler fuses all of them.
-        for x2, weight, legendre in self._nodes(rate):
+        for x2, weight, legendre in self._rule(rate):
             kernel = karger(params["fn"], along * x2, beside, rate)
             s0 = s0 + weight * kernel
             s2 = s2 + legendre * kernel
@@ -157,7 +156,7 @@ class Nexi(SignalModel):
         along, beside, rate = self._exponents(params)
         zero = torch.zeros_like(rate)
         s0, s2 = [zero] * 5, [zero] * 5
-        for x2, weight, legendre in self._nodes(rate):
+        for x2, weight, legendre in self._rule(rate):
             parts = list(karger_derivatives(params["fn"], along * x2, beside, rate))
             parts[2] = parts[2] * x2
             s0 = [total + weight * part for total, part in zip(s0, parts, strict=True)]
@@ -184,12 +183,17 @@ class Nexi(SignalModel):
         time = self.table("big_delta", self.scheme.big_delta, params["fn"])
         return b * params["dn"], b * params["de"], time / params["tex"]
 
-    def _nodes(self, like: Tensor) -> Iterator[tuple[float, float, float]]:
-        """Yield x^2, the weight, and the weight times -P2(x) of each node of the rule.
+    def _rule(self, like: Tensor) -> list[tuple[float, float, float]]:
+        return self._rules.get(like.dtype, self._rules[torch.float64])
 
-        M falls with x, so its integral with P2 is never positive: minus is the absolute value,
-        without a kink where neurites vanish.
-        """
-        nodes, weights = self._rules.get(like.dtype, self._rules[torch.float64])
-        for x, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
-            yield x * x, weight, -weight * legendre2(x)
+
+def _nodes(nodes: np.ndarray, weights: np.ndarray) -> list[tuple[float, float, float]]:
+    """Return x^2, the weight, and the weight times -P2(x) of each node of a rule.
+
+    M falls with x, so its integral with P2 is never positive: minus is the absolute value, without
+    a kink where neurites vanish.
+    """
+    return [
+        (x * x, weight, -weight * legendre2(x))
+        for x, weight in zip(nodes.tolist(), weights.tolist(), strict=True)
+    ]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.regularise import Term
+from bids_gacelle.engine.solvers.base import within
 from bids_gacelle.engine.solvers.lm import LmSettings
 
 # Over-relaxation of x (Eckstein & Bertsekas 1992).
@@ -54,10 +55,10 @@ class AdmmSettings(LmSettings):
         Inner iterations of a proximal step.
     """
 
-    spatial_iterations: int = 200
-    spatial_tolerance: float = 2e-4
-    spatial_evaluations: int = 8
-    spatial_prox: int = 50
+    spatial_iterations: int = within("[1, inf)", 200)
+    spatial_tolerance: float = within("[0, inf)", 2e-4)
+    spatial_evaluations: int = within("[1, inf)", 8)
+    spatial_prox: int = within("[1, inf)", 50)
 
 
 class Pull(NamedTuple):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import types
+import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import Field, dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import Kernel, Voxels
+
+
+def within(interval: str, default: float | None) -> Any:
+    """Return a field of settings whose values are limited, as in ``within("[0, 1)", 0.9)``."""
+    return field(default=default, metadata={"interval": interval})
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,53 @@ class Settings:
         Whether to compile the step.
     """
 
-    starts: int = 1
+    starts: int = within("[1, inf)", 1)
     seed: int = 0
-    dictionary: int = 512
-    lanes: int | None = None
+    dictionary: int = within("[1, inf)", 512)
+    lanes: int | None = within("[1, inf)", None)
     compiled: bool = False
+
+    def __post_init__(self) -> None:
+        """Check types and limits.
+
+        Raises
+        ------
+        EngineError
+            A value is of the wrong type or outside its limits.
+        """
+        hints = typing.get_type_hints(type(self))
+        for f in fields(self):
+            _check(f, hints[f.name], getattr(self, f.name))
+
+
+def _check(option: Field[Any], hint: Any, value: object) -> None:
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        if value is None:
+            return
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    interval = option.metadata.get("interval", "")
+    if typing.get_origin(hint) is typing.Literal:
+        allowed = typing.get_args(hint)
+        right, wanted = value in allowed, " or ".join(map(repr, allowed))
+    elif hint in (int, float):
+        kind = Integral if hint is int else Real
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        right = right and (not interval or _inside(float(value), interval))  # type: ignore[arg-type]
+        wanted = "a whole number" if hint is int else "a number"
+        wanted += f" in {interval}" if interval else ""
+    else:
+        right, wanted = isinstance(value, hint), "True or False" if hint is bool else hint.__name__
+    if not right:
+        none = " or None" if optional else ""
+        raise EngineError(f"The option {option.name} must be {wanted}{none}, got {value!r}.")
+
+
+def _inside(value: float, interval: str) -> bool:
+    """Tell whether a value is in an interval written as ``[0, 1)``."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
 
 
 @dataclass(frozen=True)
@@ -103,6 +154,32 @@ class Solution:
         return Solution(**taken, slopes=slopes)
 
 
+class Ends(NamedTuple):
+    """Where all starts of all voxels ended, on the last axis: start by start, voxel by voxel."""
+
+    position: Tensor
+    cost: Tensor
+    evaluations: Tensor
+    converged: Tensor
+
+
+def best_of_starts(end: Ends, n_starts: int) -> Solution:
+    """Return the solution that keeps the lowest of the ends of each voxel."""
+    n_voxels = end.cost.shape[0] // n_starts
+    cost = end.cost.reshape(n_starts, n_voxels)
+    ends = end.position.reshape(-1, n_starts, n_voxels).transpose(0, 1)
+    winner = cost.argmin(0)
+    voxel = torch.arange(n_voxels, device=cost.device)
+    return Solution(
+        position=ends[winner, :, voxel].T.contiguous(),
+        converged=end.converged.reshape(n_starts, n_voxels)[winner, voxel],
+        evaluations=end.evaluations.reshape(n_starts, n_voxels)[winner, voxel],
+        winner=winner,
+        ends=ends,
+        end_costs=cost,
+    )
+
+
 @dataclass(frozen=True)
 class Solver:
     """A way to solve a problem, and what it can be told.
@@ -113,10 +190,20 @@ class Solver:
         From a problem, whose settings are of the class `settings`, to its solution.
     settings
         Class of the settings, with defaults.
+    kept
+        From the number of parameters to how many numbers it keeps for every start of a voxel.
+    copies
+        How many arrays (parameters, measurements, voxels) in double precision it makes.
+    effort
+        About how many times the model evaluations of Levenberg-Marquardt a voxel takes: the more,
+        the smaller the fits for which compiling pays.
     """
 
     solve: Callable[[Problem], Solution]
     settings: type[Settings] = Settings
+    kept: Callable[[int], int] = lambda n: 2 * n + n * (n + 1) // 2 + 4
+    copies: int = 0
+    effort: int = 1
 
 
 def default_lanes(device: torch.device) -> int:

@@ -48,4 +48,4 @@ def solve(problem: Problem) -> Solution:
     )
 
 
-LINEAR = Solver(solve)
+LINEAR = Solver(solve, kept=lambda n: 2 * n, copies=8)

@@ -16,13 +16,20 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.kernels import Kernel, Voxels, packed
-from bids_gacelle.engine.solvers.base import Problem, Settings, Solution, Solver, default_lanes
+from bids_gacelle.engine.solvers.base import (
+    Ends,
+    Problem,
+    Settings,
+    Solution,
+    Solver,
+    best_of_starts,
+    default_lanes,
+)
+from bids_gacelle.engine.solvers.lanes import Lanes
 from bids_gacelle.engine.starts import build_dictionary, find_starts
 
 _FIRST_DAMPING = 0.01
-_FEWEST_LANES = 256
-_REFILL_SHARE = 0.2
-_PASSES = 3
+_PASSES = 2
 # A move by the whole start box is taken to change the cost by at least this share.
 _LEAST_SHARE = 1e-3
 
@@ -39,10 +46,6 @@ class State(NamedTuple):
     evaluations: Tensor
     running: Tensor
     converged: Tensor
-
-    def take(self, index: Tensor) -> State:
-        """Return the lanes at `index`."""
-        return State(*(tensor[..., index] for tensor in self))
 
 
 @dataclass(frozen=True)
@@ -74,30 +77,13 @@ def solve(problem: Problem) -> Solution:
     position = starts.permute(1, 0, 2).reshape(n_parameters, -1)
     evaluations = torch.zeros(n_starts * n_voxels, dtype=torch.int32, device=kernel.device)
     for stage in problem.stages():
-        end = minimise(stage, position)
-        position, evaluations = end.position, evaluations + end.evaluations
-    return best_of_starts(end._replace(evaluations=evaluations), n_starts)
+        ends = minimise(stage, position)
+        position, evaluations = ends.position, evaluations + ends.evaluations
+    return best_of_starts(ends._replace(evaluations=evaluations), n_starts)
 
 
-def best_of_starts(end: State, n_starts: int) -> Solution:
-    """Return the solution that keeps the lowest of the ends of each voxel."""
-    n_voxels = end.cost.shape[0] // n_starts
-    cost = end.cost.reshape(n_starts, n_voxels)
-    ends = end.position.reshape(-1, n_starts, n_voxels).transpose(0, 1)
-    winner = cost.argmin(0)
-    voxel = torch.arange(n_voxels, device=cost.device)
-    return Solution(
-        position=ends[winner, :, voxel].T.contiguous(),
-        converged=end.converged.reshape(n_starts, n_voxels)[winner, voxel],
-        evaluations=end.evaluations.reshape(n_starts, n_voxels)[winner, voxel],
-        winner=winner,
-        ends=ends,
-        end_costs=cost,
-    )
-
-
-def minimise(problem: Problem, starts: Tensor, most_evaluations: int | None = None) -> State:
-    """Return the end state of Levenberg-Marquardt from given starts.
+def minimise(problem: Problem, starts: Tensor, most_evaluations: int | None = None) -> Ends:
+    """Return where Levenberg-Marquardt ends from given starts.
 
     Parameters
     ----------
@@ -106,110 +92,41 @@ def minimise(problem: Problem, starts: Tensor, most_evaluations: int | None = No
     starts
         (parameters, starts) in solver coordinates; start i belongs to voxel i modulo their number.
     most_evaluations
-        Stop after fewer evaluations than the settings allow. Those not made count as made: a
-        compiled step is bound to its settings.
+        Stop after fewer evaluations than the settings allow, to which a compiled step is bound.
     """
-    most = problem.settings.max_evaluations
+    kernel, settings = problem.kernel, problem.settings
+    step = get_step(kernel, settings)
+    most = settings.max_evaluations
+    # Those not to be made count as made.
     spent = most - min(most_evaluations or most, most)
-    return _Runner(problem, starts, spent).run()
+    lanes: Lanes[State] = Lanes(
+        problem,
+        starts,
+        settings.lanes or default_lanes(kernel.device),
+        load=lambda position, voxels: _fresh(position, spent),
+        advance=lambda state, voxels: State(*step(state, voxels)),
+        outcome=lambda state: Ends(
+            state.position, state.cost, state.evaluations - spent, state.converged
+        ),
+    )
+    return lanes.run()
 
 
-class _Runner:
-    """Feeds a queue of (start, voxel) items through the lanes."""
-
-    def __init__(self, problem: Problem, starts: Tensor, spent: int) -> None:
-        self.problem, self.spent = problem, spent
-        self.starts = starts
-        self.n_items = starts.shape[1]
-        self.n_voxels = problem.voxels.data.shape[-1]
-        device = problem.kernel.device
-        most = problem.settings.lanes or default_lanes(device)
-        lanes = _FEWEST_LANES
-        while lanes < min(self.n_items, most):
-            lanes *= 2
-        self.next_item = 0
-        # A compiled step is bound to its shapes: one number of lanes for all blocks, to the end.
-        self.fixed = problem.settings.compiled
-        lanes = most if self.fixed else lanes
-        self.item = torch.full((lanes,), -1, device=device)
-        self.lanes = problem.voxels.take(torch.zeros(lanes, dtype=torch.long, device=device))
-        self.state = _empty_state(problem.kernel, lanes)
-        self.end = _empty_state(problem.kernel, self.n_items)
-        self.n_done = 0
-
-    def run(self) -> State:
-        """Return the end state of all items."""
-        step = get_step(self.problem.kernel, self.problem.settings)
-        while True:
-            idle = ~self.state.running
-            n_idle = int(idle.sum())
-            if n_idle >= _REFILL_SHARE * len(idle):
-                self._flush(idle)
-                self._refill(idle)
-                if self.next_item == self.n_items:
-                    n_running = int(self.state.running.sum())
-                    if n_running == 0:
-                        return self.end
-                    if not self.fixed:
-                        self._shrink(n_running)
-            self.state = State(*step(self.state, self.lanes))
-
-    def _flush(self, idle: Tensor) -> None:
-        """Store the lanes that have finished."""
-        lanes = (idle & (self.item >= 0)).nonzero()[:, 0]
-        if len(lanes) == 0:
-            return
-        items = self.item[lanes]
-        for target, source in zip(self.end, self.state, strict=True):
-            target[..., items] = source[..., lanes]
-        self.item[lanes] = -1
-        self.n_done += len(lanes)
-        self.problem.report(self.n_done / self.n_items)
-
-    def _refill(self, idle: Tensor) -> None:
-        """Load the next items into idle lanes."""
-        lanes = idle.nonzero()[:, 0][: self.n_items - self.next_item]
-        if len(lanes) == 0:
-            return
-        items = torch.arange(self.next_item, self.next_item + len(lanes), device=lanes.device)
-        self.next_item += len(lanes)
-        self.item[lanes] = items
-        fresh = _empty_state(self.problem.kernel, len(lanes))
-        fresh.position.copy_(self.starts[:, items])
-        fresh.running.fill_(True)
-        fresh.evaluations.fill_(self.spent)
-        source = self.problem.voxels.take(items % self.n_voxels)
-        for target, new in zip(
-            (*self.state, *self.lanes.tensors()), (*fresh, *source.tensors()), strict=True
-        ):
-            target[..., lanes] = new
-
-    def _shrink(self, n_running: int) -> None:
-        """Drop idle lanes once the queue is empty; the number of lanes stays a power of two."""
-        lanes = len(self.item)
-        while lanes > _FEWEST_LANES and n_running <= lanes // 2:
-            lanes //= 2
-        if lanes < len(self.item):
-            index = torch.argsort(~self.state.running, stable=True)[:lanes]
-            self.item = self.item[index]
-            self.state = self.state.take(index)
-            self.lanes = self.lanes.take(index)
-
-
-def _empty_state(kernel: Kernel, lanes: int) -> State:
-    n = len(kernel.model.parameters)
-    real = {"dtype": kernel.dtype, "device": kernel.device}
-    diagonal = torch.tensor([float(i == j) for i, j in packed(n)])
+def _fresh(position: Tensor, spent: int) -> State:
+    """Return lanes that have just been filled, with so many evaluations counted."""
+    n, zeros = len(position), torch.zeros_like(position[0])
+    flags = zeros.to(torch.bool)
+    diagonal = [torch.ones_like(zeros) if i == j else zeros for i, j in packed(n)]
     return State(
-        position=0.5 * torch.ones(n, lanes, **real),  # type: ignore[call-overload]
-        cost=torch.full((lanes,), torch.inf, **real),  # type: ignore[call-overload]
-        gradient=torch.zeros(n, lanes, **real),  # type: ignore[call-overload]
-        hessian=diagonal.to(**real)[:, None].repeat(1, lanes),  # type: ignore[call-overload]
-        damping=torch.full((lanes,), _FIRST_DAMPING, **real),  # type: ignore[call-overload]
-        growth=torch.full((lanes,), 2.0, **real),  # type: ignore[call-overload]
-        evaluations=torch.zeros(lanes, dtype=torch.int32, device=kernel.device),
-        running=torch.zeros(lanes, dtype=torch.bool, device=kernel.device),
-        converged=torch.zeros(lanes, dtype=torch.bool, device=kernel.device),
+        position=position,
+        cost=torch.full_like(zeros, torch.inf),
+        gradient=torch.zeros_like(position),
+        hessian=torch.stack(diagonal),
+        damping=torch.full_like(zeros, _FIRST_DAMPING),
+        growth=torch.full_like(zeros, 2.0),
+        evaluations=torch.full_like(zeros, spent, dtype=torch.int32),
+        running=~flags,
+        converged=flags,
     )
 
 
@@ -327,14 +244,28 @@ class LmStep:
             outside = [
                 f & (z + s != i) for f, z, s, i in zip(free, position, step, inside, strict=True)
             ]
-            if not torch.compiler.is_compiling() and not bool(torch.stack(outside).any()):
+            compiling = torch.compiler.is_compiling()
+            if not compiling and not bool(torch.stack(outside).any()):
                 break
             step = [
                 torch.where(o, i - z, s)
                 for o, i, z, s in zip(outside, inside, position, step, strict=True)
             ]
             free = [f & ~o for f, o in zip(free, outside, strict=True)]
+            if compiling:
+                step, free = [_settle(s) for s in step], [_settle(f) for f in free]
         return step
+
+
+def _settle(tensor: Tensor) -> Tensor:
+    """Make a compiler compute a tensor once instead of inlining its formula wherever it is used.
+
+    Without it the formulas of one pass are inlined into those of the next, and compiling takes
+    minutes.
+    """
+    if tensor.dtype == torch.bool:
+        return _settle(tensor.to(torch.uint8)) > 0
+    return tensor.as_strided(tensor.shape, tensor.stride())
 
 
 class _Symmetric:

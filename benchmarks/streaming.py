@@ -1,0 +1,129 @@
+"""Time and memory of a problem eight times larger than an enforced limit, against no blocks.
+
+Writes JSON. Memory is sampled by a thread of its own, beside what the fit says of itself.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from engine import cases, machine
+
+from bids_gacelle.engine import fit
+
+HERE = Path(__file__).parent
+
+
+def own_bytes():
+    """Resident memory of this process that is no file's."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measured(call):
+    """Return a result, its seconds, and by how much the memory grew at most."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = most = own_bytes()
+    over = threading.Event()
+
+    def sample():
+        nonlocal most
+        while not over.wait(0.005):
+            most = max(most, own_bytes())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    began = time.perf_counter()
+    try:
+        result = call()
+    finally:
+        seconds = time.perf_counter() - began
+        over.set()
+        thread.join()
+    return result, seconds, most - before
+
+
+def map_bytes(result):
+    arrays = [*result.maps.values(), *result.std.values(), result.flags, result.nrmse]
+    return sum(array.nbytes for array in arrays) + result.flags.size  # and which are finished
+
+
+def identical(one, other):
+    return all(
+        np.array_equal(getattr(one, kind)[name], getattr(other, kind)[name], equal_nan=True)
+        for kind in ("maps", "std")
+        for name in one.maps
+    ) and np.array_equal(one.flags, other.flags)
+
+
+def run_case(name, model, data, repeats, options, times_larger):
+    n = data.shape[1]
+    fit(model, data[:, :64], **options)  # loads libraries
+    whole = lambda: fit(model, data, block_size=n, **options)  # noqa: E731
+    first = whole()  # compiles, where that pays
+    limit = int(first.settings["memory_predicted"] / times_larger)
+    parts = lambda: fit(model, data, memory_limit=limit, **options)  # noqa: E731
+    times = {"whole": [], "parts": []}
+    peaks = {"whole": [], "parts": []}
+    for _ in range(repeats):
+        for kind, call in (("whole", whole), ("parts", parts)):
+            result, seconds, peak = measured(call)
+            times[kind].append(seconds)
+            peaks[kind].append(peak - map_bytes(result))
+    return {
+        "model": name,
+        "voxels": n,
+        "options": options,
+        "compiled": result.settings["compiled"],
+        "limit": limit,
+        "blocks": result.settings["blocks"],
+        "predicted": result.settings["memory_predicted"],
+        "peak": max(peaks["parts"]),
+        "peak_of_the_fit": result.settings["memory_peak"],
+        "whole_predicted": first.settings["memory_predicted"],
+        "whole_peak": max(peaks["whole"]),
+        "seconds": min(times["parts"]),
+        "whole_seconds": min(times["whole"]),
+        "ratio": min(times["parts"]) / min(times["whole"]),
+        "identical": identical(first, result),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["r2star", "nexi"])
+    parser.add_argument("--voxels", type=int, default=1_500_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--times", type=float, default=8, help="size over memory limit")
+    parser.add_argument("--dictionary", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "streaming.json")
+    arguments = parser.parse_args()
+    if sys.platform != "linux":
+        parser.error("memory is read from /proc, which this system has not")
+    torch.set_num_threads(1)
+    options = {"starts": 1, "options": {"dictionary": arguments.dictionary}}
+    rows = []
+    for name, model, truth, sd, *_ in cases(arguments.voxels, np.random.default_rng(0)):
+        if name not in arguments.models:
+            continue
+        signal = model.signal({k: torch.tensor(v).float() for k, v in truth.items()}).numpy()
+        noise = np.random.default_rng(1).standard_normal(signal.shape, dtype=np.float32)
+        data = signal + np.float32(sd) * noise
+        del signal, noise
+        rows.append(run_case(name, model, data, arguments.repeats, options, arguments.times))
+        print(json.dumps(rows[-1]), flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"machine": machine(), "results": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Arrays that stay where they are, in memory or in a file, and are read for some voxels at a time.
+
+Voxels are counted in the order in which the data lie in memory, so that a block is a piece of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+Array = NDArray[np.generic]
+Columns = slice | NDArray[np.intp]
+# Types that torch computes with; others become double precision on the host.
+_DIRECT = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1")
+
+
+class Sliceable(Protocol):
+    """What can be opened piece by piece: nibabel's ArrayProxy, an HDF5 or a Zarr array."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a slice."""
+
+
+def is_lazy(values: object) -> bool:
+    """Tell whether something has to be read by slices."""
+    return not isinstance(values, np.ndarray | np.generic | Tensor) and all(
+        hasattr(values, name) for name in ("shape", "dtype", "__getitem__")
+    )
+
+
+def host(values: ArrayLike | Tensor) -> Array:
+    """Return a numpy view (or copy, from a GPU) of an array or tensor."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values)
+
+
+def on_disk(values: object) -> bool:
+    """Tell whether reading may have to wait for a disk."""
+    if is_lazy(values):
+        return True
+    while isinstance(values, np.ndarray):
+        values = values.base
+    return isinstance(values, mmap.mmap)
+
+
+def memory_order(values: Array | Sliceable) -> tuple[int, ...]:
+    """Return the grid axes of (measurements, *grid), the one with the largest steps first."""
+    axes = range(len(values.shape) - 1)
+    if isinstance(values, np.ndarray):
+        return tuple(sorted(axes, key=lambda axis: -abs(values.strides[1 + axis])))
+    return tuple(reversed(axes)) if getattr(values, "order", "C") == "F" else tuple(axes)
+
+
+class Rows:
+    """The rows of an array (rows, *grid), read for some voxels at a time.
+
+    Parameters
+    ----------
+    values
+        Never copied as a whole.
+    axes
+        Order of the grid axes in which voxels are counted.
+    """
+
+    def __init__(self, values: Array | Sliceable, axes: tuple[int, ...]) -> None:
+        self._values = values
+        self._axes = axes
+        self.shape = tuple(values.shape[1 + axis] for axis in axes)
+        self.n = len(values) if isinstance(values, np.ndarray) else values.shape[0]
+        self.itemsize = min(np.dtype(values.dtype).itemsize, 8)
+        self._flat: Array | None = None
+        self._turned: Array | None = None
+        if isinstance(values, np.ndarray):
+            turned = values.transpose(0, *(1 + axis for axis in axes))
+            self._turned = turned
+            if _merges(turned):
+                self._flat = turned.reshape(self.n, math.prod(self.shape))
+
+    def read(self, columns: Columns) -> Array:
+        """Return a contiguous copy (rows, voxels) of ascending columns."""
+        if self._turned is None:
+            return self._read_slices(columns)
+        if self._flat is None:
+            flat = (
+                np.arange(columns.start, columns.stop) if isinstance(columns, slice) else columns
+            )
+            places = np.unravel_index(flat, self.shape)
+            return np.stack([row[places] for row in self._turned])
+        if isinstance(columns, slice):
+            return np.array(self._flat[:, columns], order="C")
+        if self._flat.strides[0] < self._flat.strides[1]:  # all rows of a voxel lie together
+            return np.ascontiguousarray(self._flat.T[columns].T)
+        out = np.empty((self.n, len(columns)), self._flat.dtype)
+        for target, row in zip(out, self._flat, strict=True):
+            target[:] = row[columns]
+        return out
+
+    def _read_slices(self, columns: Columns) -> Array:
+        """Read the hyperplanes of the slowest axis that hold the columns, and pick from them."""
+        if not self._axes:
+            return np.array(self._values[:]).reshape(self.n, 1)[:, columns]
+        if isinstance(columns, slice):
+            first, last = columns.start, columns.stop - 1
+        else:
+            first, last = int(columns[0]), int(columns[-1])
+        plane = math.prod(self.shape[1:])
+        low, high = first // plane, last // plane + 1
+        index = [slice(None)] * (1 + len(self._axes))
+        index[1 + self._axes[0]] = slice(low, high)
+        slab = Rows(np.asarray(self._values[tuple(index)]), self._axes)
+        skipped = low * plane
+        if isinstance(columns, slice):
+            return slab.read(slice(first - skipped, last + 1 - skipped))
+        return slab.read(columns - skipped)
+
+
+def tensor(array: Array) -> Tensor:
+    """Return a tensor on the memory of a fresh array, or in double if torch lacks its type."""
+    if array.dtype.str[1:] not in _DIRECT or not array.dtype.isnative:
+        array = array.astype(np.float64)
+    return torch.from_numpy(array)
+
+
+def _merges(array: Array) -> bool:
+    """Tell whether the grid axes are one axis in memory, so that they can be joined in place."""
+    steps = [
+        (count, step)
+        for count, step in zip(array.shape[1:], array.strides[1:], strict=True)
+        if count != 1
+    ]
+    return array.size == 0 or all(
+        step == count_within * step_within
+        for (_, step), (count_within, step_within) in itertools.pairwise(steps)
+    )

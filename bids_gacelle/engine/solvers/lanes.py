@@ -1,0 +1,131 @@
+"""Lanes: voxels worked on at once, refilled as soon as some of them have finished.
+
+The work then does not depend on the slowest voxel of a batch, and a result neither on the block
+a voxel is in nor on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from bids_gacelle.engine.kernels import Voxels
+from bids_gacelle.engine.solvers.base import Ends, Problem
+
+FEWEST = 256
+_REFILL_SHARE = 0.2
+
+State = TypeVar("State", bound=Any)
+
+
+class Lanes(Generic[State]):
+    """Feeds a queue of (start, voxel) items through lanes of a fixed, or falling, number.
+
+    A state is a named tuple of tensors with lanes on the last axis, one of them `running`.
+
+    Parameters
+    ----------
+    problem
+        Its voxels are worked on, over and over when there are more starts than voxels.
+    starts
+        (parameters, starts); start i belongs to voxel i modulo their number.
+    most
+        Number of lanes at work where there is enough to do.
+    load
+        From starts (parameters, lanes) and their voxels to fresh states that run.
+    advance
+        From states and voxels to the states some iterations later; lanes that do not run keep
+        theirs.
+    outcome
+        From states to what is kept of them.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        starts: Tensor,
+        most: int,
+        load: Callable[[Tensor, Voxels], State],
+        advance: Callable[[State, Voxels], State],
+        outcome: Callable[[State], Ends],
+    ) -> None:
+        self.problem, self.starts = problem, starts
+        self.load, self.advance, self.outcome = load, advance, outcome
+        self.n_items = starts.shape[1]
+        self.n_voxels = problem.voxels.data.shape[-1]
+        # A compiled step is bound to its shapes: one number of lanes for all blocks, to the end.
+        self.fixed = problem.settings.compiled
+        lanes = most if self.fixed else min(FEWEST, most)
+        while lanes < min(self.n_items, most):
+            lanes *= 2
+        first = torch.zeros(lanes, dtype=torch.long, device=starts.device)
+        self.item = torch.full_like(first, -1)
+        self.voxels = problem.voxels.take(first)
+        self.state = load(starts[:, first], self.voxels)
+        self.state.running.fill_(False)
+        self.next_item = self.n_done = 0
+
+    def run(self) -> Ends:
+        """Return where all items ended."""
+        ends = Ends(
+            *(kept.new_empty(*kept.shape[:-1], self.n_items) for kept in self.outcome(self.state))
+        )
+        while True:
+            idle = ~self.state.running
+            if int(idle.sum()) >= _REFILL_SHARE * len(idle):
+                self._flush(idle, ends)
+                self._refill(idle)
+                if self.next_item == self.n_items:
+                    n_running = int(self.state.running.sum())
+                    if n_running == 0:
+                        return ends
+                    if not self.fixed:
+                        self._shrink(n_running)
+            self.state = self.advance(self.state, self.voxels)
+
+    def _flush(self, idle: Tensor, ends: Ends) -> None:
+        """Store the lanes that have finished."""
+        lanes = (idle & (self.item >= 0)).nonzero()[:, 0]
+        if len(lanes) == 0:
+            return
+        items = self.item[lanes]
+        for target, source in zip(ends, self.outcome(self.state), strict=True):
+            target[..., items] = source[..., lanes]
+        self.item[lanes] = -1
+        self.n_done += len(lanes)
+        self.problem.report(self.n_done / self.n_items)
+
+    def _refill(self, idle: Tensor) -> None:
+        """Load the next items into idle lanes."""
+        lanes = idle.nonzero()[:, 0][: self.n_items - self.next_item]
+        if len(lanes) == 0:
+            return
+        first, n = self.next_item, len(lanes)
+        self.next_item += n
+        # Sums may round differently when shapes change: always as many as there are lanes.
+        items = torch.arange(first, first + len(self.item), device=lanes.device)
+        items = items.clamp_max(first + n - 1)
+        self.item[lanes] = items[:n]
+        source = self.problem.voxels.take(items % self.n_voxels)
+        fresh = self.load(self.starts[:, items], source)
+        for target, new in zip(
+            (*self.state, *self.voxels.tensors()), (*fresh, *source.tensors()), strict=True
+        ):
+            target[..., lanes] = new[..., :n]
+
+    def _shrink(self, n_running: int) -> None:
+        """Drop idle lanes once the queue is empty; their number is halved and halved again."""
+        lanes = len(self.item)
+        while lanes > FEWEST and n_running <= lanes // 2:
+            lanes //= 2
+        if lanes < len(self.item):
+            index = torch.argsort(~self.state.running, stable=True)[:lanes]
+            self.item = self.item[index]
+            self.state = self._take(index)
+            self.voxels = self.voxels.take(index)
+
+    def _take(self, index: Tensor) -> State:
+        return self.state._make(tensor[..., index] for tensor in self.state)

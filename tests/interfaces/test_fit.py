@@ -1,0 +1,86 @@
+"""What a person sees while a fit runs, and how it ends at Ctrl-C."""
+
+import io
+import logging
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from bids_gacelle.engine import FitInterrupted, Progress
+from bids_gacelle.interfaces import fit as module
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_for_every_tenth_says_speed_and_convergence(clock, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    tell = module._progress("sub-01 dwi nexi")
+    with caplog.at_level(logging.INFO, "bids_gacelle"):
+        for done in range(0, 250_001, 5_000):
+            clock[0] += 10
+            tell(Progress(done, 250_000, 0.974 if done > 30_000 else float("nan"), done / 12_300))
+    assert len(caplog.messages) == 10
+    assert caplog.messages[0] == "sub-01 dwi nexi: 10 % of 250,000 voxels, 12,300 voxels/s"
+    assert caplog.messages[2] == (
+        "sub-01 dwi nexi: 30 % of 250,000 voxels, 12,300 voxels/s, 97 % converged"
+    )
+
+
+def test_a_short_fit_says_nothing(clock, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    tell = module._progress("sub-01 megre r2star")
+    with caplog.at_level(logging.INFO, "bids_gacelle"):
+        for done in range(0, 101, 10):
+            clock[0] += 0.1
+            tell(Progress(done, 100, 1.0, 1.0))
+    assert caplog.messages == []
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    tell = module._progress("sub-01 dwi nexi")
+    for done in (1000, 2000, 4000):
+        time.sleep(0.11)  # the bar is not drawn more often than ten times a second
+        tell(Progress(done, 4000, 0.97, 2.0))
+    drawn = terminal.getvalue()
+    assert "sub-01 dwi nexi" in drawn
+    assert "voxel/s" in drawn
+    assert "97 % converged" in drawn
+
+
+def test_an_interrupted_fit_stays_interrupted(monkeypatch):
+    """No node takes half a fit for a fit."""
+
+    def interrupted(*_):
+        raise FitInterrupted("after 10 of 20", object())
+
+    monkeypatch.setattr(module, "series_from_json", lambda series: series)
+    monkeypatch.setattr(module, "build_model", lambda *_: (None, np.ones((2, 20))))
+    monkeypatch.setattr(module, "_fit_call", lambda *_: interrupted)
+
+    class Inputs:
+        model, prepared, use_gpu = "r2star", {}, False
+
+        class series:
+            subject, label = "01", "megre"
+
+    class Settings:
+        omp_nthreads = 1
+
+    node = module.FitModel.__new__(module.FitModel)
+    node.inputs = Inputs
+    with pytest.raises(KeyboardInterrupt) as caught:
+        node.work(Settings, None)
+    assert type(caught.value) is KeyboardInterrupt
