@@ -170,9 +170,13 @@ class Part(NamedTuple):
 
 @dataclass
 class _Start:
-    """Voxel-wise estimates of all usable voxels, in the order of the mask."""
+    """Voxel-wise estimates of all usable voxels, in the order of the mask.
+
+    Blocks without any are kept apart, with their first voxel.
+    """
 
     parts: list[Part] = field(default_factory=list)
+    unusable: list[tuple[int, np.ndarray]] = field(default_factory=list)
     index: list[np.ndarray] = field(default_factory=list)
     position: list[Tensor] = field(default_factory=list)
     variance: list[Tensor] = field(default_factory=list)
@@ -216,8 +220,9 @@ class _SpatialFit:
 
     def run(self, maps: Maps) -> dict[str, Any]:
         """Fit, store in the maps and return the trace."""
-        start = self._fit_voxels(maps)
+        start = self._fit_voxels()
         if start.n == 0:
+            self._store_unusable(maps, start)
             return {"spatial": {}, "objective": []}
         self.variance = self._shared_variance(torch.cat(start.variance))
         self.parts = start.parts
@@ -237,8 +242,8 @@ class _SpatialFit:
 
     # ------------------------------------------------------------------ start and data
 
-    def _fit_voxels(self, maps: Maps) -> _Start:
-        """Fit every voxel on its own; blocks without a usable one are stored."""
+    def _fit_voxels(self) -> _Start:
+        """Fit every voxel on its own."""
         start = _Start()
 
         def work(first: int, last: int, block: Block) -> None:
@@ -253,7 +258,7 @@ class _SpatialFit:
                 start.add(first, last, index, solution)
                 start.variance.append(variance)
             else:
-                maps.put(first, block.usable, None)
+                start.unusable.append((first, block.usable))
             self._report(_START_SHARE * last / self.study.n)
 
         with self.fitter.feeder(self.study, Queue(self.study.n), self.size) as feeder:
@@ -393,6 +398,7 @@ class _SpatialFit:
         self, maps: Maps, start: _Start, position: Tensor, pull: Pull | None, unit: Tensor
     ) -> None:
         """Fit all voxels to the end, assess and store them."""
+        self._store_unusable(maps, start)
         assessor, exact_kernel = self.fitter.assessor, self.fitter.exact
         for k, (block, exact) in enumerate(self._exact(self.parts)):
             part = self.parts[k]
@@ -406,6 +412,10 @@ class _SpatialFit:
                 out.store(piece, block.scale[piece], exact_kernel, ended, verdict)
             maps.put(part.start, block.usable, BlockResult(*self.fitter.link.fetch(out.result)()))
             self._report(_STORE_FROM + (1 - _STORE_FROM) * part.stop / self.study.n)
+
+    def _store_unusable(self, maps: Maps, start: _Start) -> None:
+        for first, usable in start.unusable:
+            maps.put(first, usable, None)
 
     def _solution(
         self,

@@ -1,6 +1,7 @@
 """Fits with spatial terms: limits with a closed form, scipy, and independence of the blocks."""
 
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -8,7 +9,18 @@ import pytest
 import scipy.optimize
 import torch
 
-from bids_gacelle.engine import TGV2, TV, Custom, EngineError, MapPrior, MeshTV, fit, spatial_fit
+from bids_gacelle.engine import (
+    TGV2,
+    TV,
+    Custom,
+    EngineError,
+    FitInterrupted,
+    MapPrior,
+    MeshTV,
+    fit,
+    spatial_fit,
+)
+from bids_gacelle.engine.kernels import COMPILE_VARIABLE
 
 from .helpers import Line, draw, make_model, noisy
 
@@ -159,6 +171,108 @@ def test_maps_do_not_depend_on_blocks_nor_on_what_is_kept(known, monkeypatch):
             np.testing.assert_array_equal(parts.maps[name], whole.maps[name])
             np.testing.assert_array_equal(parts.std[name], whole.std[name])
         np.testing.assert_allclose(parts.trace["objective"], whole.trace["objective"], rtol=1e-6)
+
+
+def test_maps_do_not_depend_on_how_the_data_lie_in_memory():
+    model, data, _ = decay_data((6, 5, 4), 16, sd=25.0)
+    mask = np.random.default_rng(17).random((6, 5, 4)) < 0.8
+    terms = [TV(["R2star"], 3.0, "3d"), TGV2(["S0"], 3.0, "3d")]
+    arguments = {"sigma": 25.0, "mask": mask, "regularise": terms}
+    one = fit(model, data, **arguments)
+    other = fit(model, np.asfortranarray(data), block_size=30, **arguments)
+    for name in ("S0", "R2star"):
+        np.testing.assert_allclose(other.maps[name], one.maps[name], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_eight_times_the_memory_limit_gives_the_same_maps(monkeypatch):
+    monkeypatch.setenv(COMPILE_VARIABLE, "never")
+    line = Line.of(np.linspace(0.5, 3.0, 48))
+    grid = (44, 44, 44)
+    rng = np.random.default_rng(18)
+    offset = np.broadcast_to(0.3 + 0.5 * (np.arange(44) > 20), grid)
+    data = np.empty((48, *grid), np.float32)
+    for row, time in zip(data, line.scheme.echo_time, strict=True):
+        row[:] = offset + 0.4 * time + rng.normal(size=grid)
+    arguments = {
+        "sigma": 1.0,
+        "regularise": [TV(["offset", "factor"], 3.0, "3d")],
+        "options": {"dictionary": 16, "spatial_iterations": 5},
+    }
+    whole = fit(line, data, block_size=offset.size, **arguments)
+    limit = whole.settings["memory_predicted"] // 8
+    parts = fit(line, data, memory_limit=limit, **arguments)
+    assert parts.settings["blocks"] > 8
+    assert parts.settings["memory_predicted"] <= parts.settings["memory_limit"] == limit
+    for name in ("offset", "factor"):
+        np.testing.assert_allclose(parts.maps[name], whole.maps[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_interrupted_fit_has_nothing_finished_before_the_volume_is():
+    data, sigma = line_data((6, 5), 19)
+    data[:, 0] = 0  # the first block
+
+    def stop(progress):
+        if progress.done > 15:  # while the volume is fitted
+            raise KeyboardInterrupt
+
+    with pytest.raises(FitInterrupted, match="after 0 of 30 voxels") as caught:
+        fit(
+            LINE,
+            data,
+            sigma=sigma,
+            block_size=5,
+            progress=stop,
+            regularise=[TV(["offset"], 2.0)],
+            options={"spatial_tolerance": 0.0},
+        )
+    part = caught.value.result
+    assert np.isnan(part.maps["offset"]).all()
+    assert (part.flags == 8).all()
+    assert part.settings["interrupted"]
+    assert part.settings["regularise"]["terms"]
+
+
+def test_of_several_devices_the_first_is_used(caplog):
+    data, sigma = line_data((6, 5), 20)
+    terms = [TV(["offset"], 2.0)]
+    with caplog.at_level(logging.INFO, "bids_gacelle.engine"):
+        result = fit(LINE, data, sigma=sigma, device=["cpu", "cpu"], regularise=terms)
+    assert "Spatial terms need all voxels on one device: using cpu." in caplog.messages
+    assert result.settings["device"] == "cpu"
+
+
+@pytest.mark.parametrize("size", [None, 11])
+def test_adam_reaches_the_objective_of_admm_on_a_convex_problem(size, caplog):
+    data, sigma = line_data((6, 5), 16)
+    arguments = {
+        "sigma": sigma,
+        "precision": "float64",
+        "regularise": [TV(["offset", "factor"], 4.0, huber=0.05)],
+    }
+    admm = fit(LINE, data, **arguments)
+    adam = fit(LINE, data, solver="adam", block_size=size, **arguments)
+    assert min(adam.trace["objective"]) == pytest.approx(admm.trace["objective"][-1], rel=1e-4)
+    assert adam.settings["regularise"]["converged"]
+    assert ("hold all data" in caplog.text) is (size is not None)
+    for name in ("offset", "factor"):
+        distance = np.abs(adam.maps[name] - admm.maps[name]) / admm.std[name]
+        assert distance.max() < 0.02
+        np.testing.assert_allclose(adam.std[name], admm.std[name], rtol=1e-3)
+
+
+def test_adam_takes_what_has_no_proximal_step():
+    data, sigma = line_data((6, 5), 21)
+
+    def rough(maps, mask):
+        return (maps["offset"].diff(dim=0) ** 2).sum()
+
+    terms = [Custom(rough, 50.0)]
+    result = fit(LINE, data, sigma=sigma, solver="adam", regularise=terms)
+    alone = fit(LINE, data, sigma=sigma)
+    assert (np.diff(result.maps["offset"], axis=0) ** 2).sum() < 0.2 * (
+        np.diff(alone.maps["offset"], axis=0) ** 2
+    ).sum()
 
 
 def test_units_of_the_data_do_not_matter():
