@@ -188,9 +188,9 @@ def test_maps_do_not_depend_on_how_the_data_lie_in_memory():
 def test_eight_times_the_memory_limit_gives_the_same_maps(monkeypatch):
     monkeypatch.setenv(COMPILE_VARIABLE, "never")
     line = Line.of(np.linspace(0.5, 3.0, 48))
-    grid = (44, 44, 44)
+    grid = (56, 56, 56)
     rng = np.random.default_rng(18)
-    offset = np.broadcast_to(0.3 + 0.5 * (np.arange(44) > 20), grid)
+    offset = np.broadcast_to(0.3 + 0.5 * (np.arange(56) > 25), grid)
     data = np.empty((48, *grid), np.float32)
     for row, time in zip(data, line.scheme.echo_time, strict=True):
         row[:] = offset + 0.4 * time + rng.normal(size=grid)
