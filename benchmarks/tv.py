@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from engine import DELTA, HERE, B, machine
+from protocols import DELTA, RESULTS, B, machine
 
 from bids_gacelle.engine import TV, DiffusionScheme, get_model
 from bids_gacelle.engine.objective import make_objective
@@ -62,6 +62,8 @@ class Case:
         settings = AdmmSettings(starts=1, compiled=compiled)
         fitting = importlib.import_module("bids_gacelle.engine.fit")
         self.fitter = fitting._Fitter(model, objective, lm, torch.float32, CPU, settings)
+        self.blocks = self.fitter.plan(self.study, None, self.study.n, 1, pulled=True)
+        self.fitter.follow(self.blocks)
         self.model, self.compiled = model, compiled
 
     def admm(self, iterations):
@@ -69,16 +71,16 @@ class Case:
         self.fitter.settings = replace(self.fitter.settings, spatial_iterations=iterations)
         maps = Maps(self.model, self.study.n)
         began = time.process_time()
-        trace = self.plan.fit(self.fitter, self.study, maps, self.study.n, None)
+        trace = self.plan.fit(self.fitter, self.study, maps, self.blocks)
         seconds = time.process_time() - began
-        return seconds, trace["objective"], maps.result(self.study, {}, {}).maps["fn"]
+        return seconds, trace["objective"], maps.result(self.study, {}).maps["fn"]
 
     def adam(self, iterations, rate):
         """Return CPU seconds, objectives and the map of fn after so many iterations."""
         solver = get_solver("adam")
         module = importlib.import_module("bids_gacelle.engine.solvers.adam")
         kernel = self.fitter.kernel
-        block = self.study.block(0, self.study.n, CPU, self.model)
+        block = self.study.block(0, self.study.n, CPU)
         voxels = self.fitter.problem(kernel, self.fitter.with_noise(block)).voxels
         geometry = Geometry(GRID, self.study.index, self.plan.voxel_size)
         terms = [t for r in self.plan.regularisers for t in r.bind(kernel, geometry)]
@@ -109,7 +111,7 @@ def main():
     parser.add_argument("--iterations", type=int, default=2000)
     parser.add_argument("--eager-iterations", type=int, default=200, help="extrapolated from")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "tv.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "tv.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = get_model("nexi")(DiffusionScheme(b=B, big_delta=DELTA))

@@ -384,7 +384,7 @@ class _Fitter:
             device=self.device,
             limit=limit,
             block_size=block_size,
-            lanes=lanes or default_lanes(self.device),
+            lanes=lanes or default_lanes(self.kernel),
             least_lanes=lanes or _FEWEST_LANES,
             ahead=self.reads_ahead(study),
             n_devices=n_devices,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -114,26 +115,33 @@ def _slabs(unit: Tensor, regions: int) -> list[Tensor]:
     return list(unit[0].argsort().tensor_split(regions))
 
 
-def find_starts(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Tensor:
+def find_starts(
+    kernel: Kernel, voxels: Voxels, dictionary: Dictionary, *, compiled: bool = False
+) -> Tensor:
     """Return starts (starts, parameters, voxels) in solver coordinates.
 
     One start comes from each region of the dictionary; where the model has a guess, it takes the
     place of the first.
     """
+    misfit = _mixture_misfit if kernel.model.linear else _misfit
+    if compiled and kernel.model.linear:  # the other is a matrix product and little else
+        misfit = kernel.compile("misfit", misfit)
     n = voxels.data.shape[-1]
     chunks = []
     for begin in range(0, n, CHUNK):
         index = torch.arange(begin, begin + CHUNK, device=kernel.device).clamp_max(n - 1)
-        chunks.append(_chunk_starts(kernel, voxels.take(index), dictionary))
+        chunks.append(_chunk_starts(kernel, voxels.take(index), dictionary, misfit))
     return torch.cat(chunks, -1)[..., :n]
 
 
-def _chunk_starts(kernel: Kernel, voxels: Voxels, dictionary: Dictionary) -> Tensor:
+def _chunk_starts(
+    kernel: Kernel, voxels: Voxels, dictionary: Dictionary, misfit: Callable[..., Tensor]
+) -> Tensor:
     guess = _guess(kernel, voxels)
     if guess is not None and len(dictionary.regions) == 1 and bool(guess.isfinite().all()):
         starts = [guess]
     else:
-        starts, costs = _best_of_regions(kernel, voxels, dictionary)
+        starts, costs = _best_of_regions(kernel, voxels, dictionary, misfit)
         if guess is not None:
             best = torch.stack(costs).argmin(0)
             fallback = torch.stack(starts)[best, :, torch.arange(CHUNK, device=best.device)].T
@@ -154,7 +162,7 @@ def _guess(kernel: Kernel, voxels: Voxels) -> Tensor | None:
 
 
 def _best_of_regions(
-    kernel: Kernel, voxels: Voxels, dictionary: Dictionary
+    kernel: Kernel, voxels: Voxels, dictionary: Dictionary, misfit: Callable[..., Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the best entry (parameters, voxels) of each region, and its misfit (voxels,)."""
     linear = bool(kernel.model.linear)
@@ -162,12 +170,13 @@ def _best_of_regions(
     for region in dictionary.regions:
         lowest = torch.full_like(voxels.data[0], torch.inf)
         entry = torch.zeros_like(lowest, dtype=torch.long)
-        for tile in region.split(_TILE):
-            if linear:
-                misfit = _mixture_misfit(dictionary.signal[:, tile], voxels)
-            else:
-                misfit = _misfit(dictionary.signal[:, tile].T, voxels, kernel.amplitude)
-            cost, best = misfit.min(0)
+        for begin in range(0, len(region), _TILE):
+            # All tiles of one size, to which a compiled function is bound.
+            tile = region[torch.arange(begin, begin + _TILE).clamp_max(len(region) - 1)]
+            entries = dictionary.signal[:, tile]
+            if not linear:
+                entries = entries.T
+            cost, best = misfit(entries, voxels, kernel.amplitude).min(0)
             better = cost < lowest
             entry = torch.where(better, tile[best], entry)
             lowest = torch.where(better, cost, lowest)
@@ -198,7 +207,7 @@ def _misfit(signal: Tensor, voxels: Voxels, amplitude: int | None) -> Tensor:
     return -((signal @ data).clamp_min(0) ** 2) / power
 
 
-def _mixture_misfit(signal: Tensor, voxels: Voxels) -> Tensor:
+def _mixture_misfit(signal: Tensor, voxels: Voxels, amplitude: None = None) -> Tensor:
     """Return sums of squares, up to a constant of each voxel, at the best mixing weights.
 
     Parameters

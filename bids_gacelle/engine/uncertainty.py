@@ -20,8 +20,11 @@ RIVAL_DEPTH = 1.0
 RIVAL_RISE = 9.0
 
 
+# A scaled Hessian whose pivots fall below this is singular in double precision.
+_LEAST_PIVOT = 1e-14
 # Voxels assessed at once: tensors of double precision that stay in a processor's cache ...
 _AT_ONCE = 1024
+_AT_ONCE_COMPILED = 4096
 # ... or keep a GPU busy.
 _AT_ONCE_CUDA = 1 << 16
 
@@ -84,7 +87,8 @@ class Assessor:
     def __init__(self, kernel: Kernel, *, compiled: bool, lanes: int) -> None:
         self.kernel = kernel
         on_gpu = kernel.device.type == "cuda"
-        self.at_once = max(min(lanes, _AT_ONCE_CUDA), _AT_ONCE) if on_gpu else _AT_ONCE
+        most = _AT_ONCE_COMPILED if compiled else _AT_ONCE
+        self.at_once = max(min(lanes, _AT_ONCE_CUDA), _AT_ONCE) if on_gpu else most
         self._moments = kernel.compile("moments", self.moments) if compiled else self.moments
 
     def assess(
@@ -228,18 +232,31 @@ def _at_bound(kernel: Kernel, position: Tensor) -> Tensor:
 
 
 def _inverse(hessian: Tensor, free: Tensor) -> Tensor:
-    """Invert (P, P, V) over the free parameters; rows of the others are 0, NaN where singular."""
+    """Invert (P, P, V) over the free parameters; rows of the others are 0, NaN where singular.
+
+    The sweep operator (Beaton 1964) on every parameter of the matrix scaled to a unit diagonal,
+    elementwise over voxels: for so small matrices several times faster than a library call.
+    """
     n = len(hessian)
-    matrix = hessian.permute(2, 0, 1)
-    mask = free.T.to(matrix.dtype)
-    scale = torch.diagonal(matrix, dim1=1, dim2=2).clamp_min(1e-300).rsqrt() * mask
-    outer = scale[:, :, None] * scale[:, None]
-    scaled = matrix * outer + torch.diag_embed(1 - mask)
-    usable = scaled.isfinite().all(2).all(1)
-    eye = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-    factor, info = torch.linalg.cholesky_ex(torch.where(usable[:, None, None], scaled, eye))
-    inverse = torch.cholesky_solve(eye.expand_as(scaled), factor) * outer
-    return torch.where((usable & (info == 0))[:, None, None], inverse, torch.nan).permute(1, 2, 0)
+    size = torch.diagonal(hessian).T
+    scale = torch.where(free & (size > 0), size, 1.0).rsqrt() * free
+    rows = [list((hessian[i] * (scale[i] * scale)).unbind(0)) for i in range(n)]
+    regular = (size > 0).logical_or(~free).all(0)
+    for k in range(n):
+        pivot = torch.where(free[k], rows[k][k], 1.0)
+        regular = regular & (pivot > _LEAST_PIVOT)
+        inverse = 1 / pivot
+        row = [rows[min(k, j)][max(k, j)] for j in range(n)]
+        for i in range(n):
+            factor = row[i] * inverse
+            for j in range(i, n):
+                if i != k and j != k:
+                    rows[i][j] = rows[i][j] - factor * row[j]
+        for j in range(n):
+            rows[min(k, j)][max(k, j)] = row[j] * inverse if j != k else -inverse
+    full = [-rows[min(i, j)][max(i, j)] for i in range(n) for j in range(n)]
+    inverse = torch.stack(full).reshape(hessian.shape) * (scale[:, None] * scale)
+    return torch.where(regular & inverse.isfinite().all(0).all(0), inverse, torch.nan)
 
 
 def _propagated(slopes: Tensor, voxels: Voxels) -> Tensor:
@@ -251,6 +268,8 @@ def _propagated(slopes: Tensor, voxels: Voxels) -> Tensor:
 def _rivals(hessian: Tensor, variance: Tensor, solution: Solution) -> Tensor:
     """Tell where another start ended as deep in a place the curvature of the best excludes."""
     rival = torch.zeros_like(variance, dtype=torch.bool)
+    if len(solution.ends) == 1:
+        return rival
     best = solution.end_costs.amin(0)
     for end, cost in zip(solution.ends, solution.end_costs, strict=True):
         offset = end.to(hessian.dtype) - solution.position

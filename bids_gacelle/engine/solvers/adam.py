@@ -629,7 +629,7 @@ def minimise(problem: Problem, starts: Tensor, n_starts: int = 1) -> Ends:
                 state = step.reweigh(state, voxels)
         return state
 
-    most = settings.lanes or default_lanes(kernel.device)
+    most = settings.lanes or default_lanes(kernel)
     if settings.compiled and settings.lanes is None and kernel.device.type == "cpu":
         most = _COMPILED_LANES
     return Lanes(problem, z, most, step.load, advance, step.outcome).run()
@@ -764,7 +764,7 @@ class _Coupled:
 
         self.terms = terms
         self.evaluate = kernel.compile("whole", evaluate) if settings.compiled else evaluate
-        size = settings.lanes or default_lanes(kernel.device)
+        size = settings.lanes or default_lanes(kernel)
         self.tiles: list[tuple[Tensor, int, Voxels, Tensor]] = []
         for where, voxels in blocks:
             n = voxels.data.shape[-1]

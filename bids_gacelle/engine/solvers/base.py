@@ -21,6 +21,10 @@ def within(interval: str, default: float | None) -> Any:
     return field(default=default, metadata={"interval": interval})
 
 
+# Measurements and state of a voxel below which twice as many fit the cache of a core.
+_SMALL = 40
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all solvers can be told; the fields, and those a solver adds, are `fit(options=...)`.
@@ -206,6 +210,10 @@ class Solver:
     effort: int = 1
 
 
-def default_lanes(device: torch.device) -> int:
+def default_lanes(kernel: Kernel) -> int:
     """Return how many voxels to work on at once: what fits the cache, or fills the device."""
-    return 2048 if device.type == "cpu" else 1 << 17
+    if kernel.device.type != "cpu":
+        return 1 << 17
+    n = len(kernel.model.parameters)
+    numbers = kernel.model.n_measurements + 2 * n * n + 8
+    return 4096 if numbers <= _SMALL else 2048

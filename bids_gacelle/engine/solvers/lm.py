@@ -72,7 +72,7 @@ def solve(problem: Problem) -> Solution:
     """Fit every voxel of a block from each of its starts and keep the lowest cost."""
     kernel, settings = problem.kernel, problem.settings
     dictionary = build_dictionary(kernel, settings.dictionary, settings.starts, settings.seed)
-    starts = find_starts(kernel, problem.voxels, dictionary)
+    starts = find_starts(kernel, problem.voxels, dictionary, compiled=settings.compiled)
     n_starts, n_parameters, n_voxels = starts.shape
     position = starts.permute(1, 0, 2).reshape(n_parameters, -1)
     evaluations = torch.zeros(n_starts * n_voxels, dtype=torch.int32, device=kernel.device)
@@ -102,7 +102,7 @@ def minimise(problem: Problem, starts: Tensor, most_evaluations: int | None = No
     lanes: Lanes[State] = Lanes(
         problem,
         starts,
-        settings.lanes or default_lanes(kernel.device),
+        settings.lanes or default_lanes(kernel),
         load=lambda position, voxels: _fresh(position, spent),
         advance=lambda state, voxels: State(*step(state, voxels)),
         outcome=lambda state: Ends(
