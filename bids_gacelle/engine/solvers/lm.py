@@ -68,8 +68,16 @@ class LmSettings(Settings):
     xtol: float = 1e-4
 
 
-def solve(problem: Problem) -> Solution:
-    """Fit every voxel of a block from each of its starts and keep the lowest cost."""
+def solve(problem: Problem, most_evaluations: int | None = None) -> Solution:
+    """Fit every voxel of a block from each of its starts and keep the lowest cost.
+
+    Parameters
+    ----------
+    problem
+        With `LmSettings`.
+    most_evaluations
+        See `minimise`.
+    """
     kernel, settings = problem.kernel, problem.settings
     dictionary = build_dictionary(kernel, settings.dictionary, settings.starts, settings.seed)
     starts = find_starts(kernel, problem.voxels, dictionary, compiled=settings.compiled)
@@ -77,7 +85,7 @@ def solve(problem: Problem) -> Solution:
     position = starts.permute(1, 0, 2).reshape(n_parameters, -1)
     evaluations = torch.zeros(n_starts * n_voxels, dtype=torch.int32, device=kernel.device)
     for stage in problem.stages():
-        ends = minimise(stage, position)
+        ends = minimise(stage, position, most_evaluations)
         position, evaluations = ends.position, evaluations + ends.evaluations
     return best_of_starts(ends._replace(evaluations=evaluations), n_starts)
 
