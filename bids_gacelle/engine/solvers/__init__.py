@@ -36,7 +36,7 @@ def get_solver(name: str) -> Solver:
 
 def solver_options(name: str) -> list[str]:
     """Return the names of a solver's options: the fields of its settings that users may set."""
-    decided_by_fit = ("starts", "seed", "compiled")
+    decided_by_fit = ("starts", "seed", "compiled", "compiled_fully")
     return [f.name for f in fields(get_solver(name).settings) if f.name not in decided_by_fit]
 
 
