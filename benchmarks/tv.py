@@ -60,7 +60,7 @@ class Case:
         terms = [TV(["fn"], WEIGHT, "3d", convention="gacelle")]
         self.plan = plan_spatial(terms, (1.0, 1.0, 1.0), model, GRID, lm)
         self.study = Study(model, data, sigma=SD)
-        settings = AdmmSettings(starts=1, compiled=compiled)
+        settings = AdmmSettings(starts=1, compiled=compiled, compiled_fully=compiled)
         fitting = importlib.import_module("bids_gacelle.engine.fit")
         self.fitter = fitting._Fitter(model, objective, lm, torch.float32, CPU, settings)
         self.blocks = self.fitter.plan(self.study, None, self.study.n, 1, pulled=True)

@@ -29,7 +29,7 @@ from bids_gacelle.engine.blocks import (
 )
 from bids_gacelle.engine.device import resolve_devices
 from bids_gacelle.engine.errors import EngineError, FitInterrupted
-from bids_gacelle.engine.kernels import Kernel, Voxels, compile_wanted
+from bids_gacelle.engine.kernels import Kernel, Voxels, compilation_mark, compile_wanted
 from bids_gacelle.engine.memory import Watch, footprint
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.noise import complete
@@ -54,6 +54,8 @@ _PRECISIONS = {
 # Half widths of 95 % intervals in standard deviations, where 1.96 is far too small.
 _STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18}
 _FEWEST_LANES = 256
+# By how much less compiling the assessment of a voxel gains than compiling its fit.
+_ASSESSMENT_SHARE = 4
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +206,8 @@ def fit(
     kind = run.settings if spatial is None else spatial.settings
     tuning = _tune(kind, model.starts if starts is None else starts, seed, options)
     fits = study.n * (tuning.starts + (EXTRA_STARTS if spatial else 0)) * run.effort
-    tuning = replace(tuning, compiled=compile_wanted(model, fits, places[0]))
+    dtype = _PRECISIONS[precision]
+    tuning = replace(tuning, **_compilation(objective, model, dtype, places[0], fits, study.n))
     settings = {
         "model": model.name,
         "solver": solver,
@@ -220,10 +223,7 @@ def fit(
     }
     maps = Maps(model, study.n)
     with torch.no_grad(), _full_float32():
-        fitters = [
-            _Fitter(model, objective, run, _PRECISIONS[precision], place, tuning)
-            for place in places
-        ]
+        fitters = [_Fitter(model, objective, run, dtype, place, tuning) for place in places]
         plan = _plan(fitters, study, memory_limit, block_size, spatial)
         logger.info("%s: %s on %s.", model.name, plan, settings["device"])
         watch = Watch(places)
@@ -305,6 +305,25 @@ def _memory(plan: Plan, watch: Watch) -> dict[str, Any]:
         "memory_predicted": plan.predicted,
         "memory_peak": watch.peak(),
     }
+
+
+def _compilation(
+    objective: Objective,
+    model: SignalModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    fits: int,
+    voxels: int,
+) -> dict[str, bool]:
+    """Return which functions to compile; those around the solver take a small share of the time."""
+
+    def wanted(name: str, dtype: torch.dtype, fits: int) -> bool:
+        mark = compilation_mark(model, objective, dtype, device, name)
+        return compile_wanted(model, fits, device, mark)
+
+    compiled = wanted("step", dtype, fits)
+    fully = compiled and wanted("moments", torch.float64, voxels // _ASSESSMENT_SHARE)
+    return {"compiled": compiled, "compiled_fully": fully}
 
 
 def _account(study: Study, maps: Maps, seconds: float) -> dict[str, Any]:
@@ -393,7 +412,8 @@ class _Fitter:
     def follow(self, plan: Plan) -> None:
         """Work on no more voxels at once than planned."""
         self.settings = replace(self.settings, lanes=plan.lanes)
-        self.assessor = Assessor(self.exact, compiled=self.settings.compiled, lanes=plan.lanes)
+        fully = self.settings.compiled_fully
+        self.assessor = Assessor(self.exact, compiled=fully, lanes=plan.lanes)
 
     def reads_ahead(self, study: Study) -> bool:
         """Whether to read a block while another is fitted: not if both need the same processor."""

@@ -41,7 +41,7 @@ def solver_options(name: str) -> list[str]:
 
 def settings_options(settings: type[Settings]) -> list[str]:
     """Return the names of the fields of settings that users may set."""
-    decided_by_fit = ("starts", "seed", "compiled")
+    decided_by_fit = ("starts", "seed", "compiled", "compiled_fully")
     return [f.name for f in fields(settings) if f.name not in decided_by_fit]
 
 

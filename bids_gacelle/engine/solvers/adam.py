@@ -614,7 +614,7 @@ def minimise(problem: Problem, starts: Tensor, n_starts: int = 1) -> Ends:
     """
     kernel, settings = problem.kernel, problem.settings
     step = Step(kernel, settings)
-    call: Callable[..., Any] = kernel.compile("adam", step) if settings.compiled else step
+    call: Callable[..., Any] = kernel.compile("step", step) if settings.compiled else step
     z = step.transform.inverse(starts)
     if settings.randomness:
         z = step.transform.scattered(z, settings.randomness, settings.seed, n_starts)

@@ -39,8 +39,8 @@ class Settings:
         Number of entries of the start dictionary.
     lanes
         Number of voxels worked on at once; None: what suits the device.
-    compiled
-        Whether to compile the step.
+    compiled, compiled_fully
+        Whether to compile the step; also what comes before and after all steps.
     """
 
     starts: int = within("[1, inf)", 1)
@@ -48,6 +48,7 @@ class Settings:
     dictionary: int = within("[1, inf)", 512)
     lanes: int | None = within("[1, inf)", None)
     compiled: bool = False
+    compiled_fully: bool = False
 
     def __post_init__(self) -> None:
         """Check types and limits.

@@ -80,7 +80,7 @@ def solve(problem: Problem, most_evaluations: int | None = None) -> Solution:
     """
     kernel, settings = problem.kernel, problem.settings
     dictionary = build_dictionary(kernel, settings.dictionary, settings.starts, settings.seed)
-    starts = find_starts(kernel, problem.voxels, dictionary, compiled=settings.compiled)
+    starts = find_starts(kernel, problem.voxels, dictionary, compiled=settings.compiled_fully)
     n_starts, n_parameters, n_voxels = starts.shape
     position = starts.permute(1, 0, 2).reshape(n_parameters, -1)
     evaluations = torch.zeros(n_starts * n_voxels, dtype=torch.int32, device=kernel.device)
@@ -313,7 +313,7 @@ def all_of(terms: list[Tensor]) -> Tensor:
 def get_step(kernel: Kernel, settings: LmSettings) -> Callable[..., tuple[Tensor, ...]]:
     """Return the step function, compiled when asked for."""
     step = LmStep(kernel, settings)
-    return kernel.compile("lm", step) if settings.compiled else step
+    return kernel.compile("step", step) if settings.compiled else step
 
 
 def _solve(matrix: _Symmetric, rhs: list[Tensor], free: list[Tensor]) -> list[Tensor]:
