@@ -33,12 +33,15 @@ LAYERS = {
     "": 0,
 }
 ENGINE_LAYERS = {
-    "fit": 9,
+    "fit": 10,
+    "spatial_fit": 9,
     "result": 8,
     "uncertainty": 7,
     "blocks": 8,
     "memory": 7,
+    "noise": 6,
     "solvers": 6,
+    "regularise": 5,
     "starts": 5,
     "study": 5,
     "kernels": 4,

@@ -446,7 +446,7 @@ def test_several_files_and_classes(dataset, model_file, tmp_path, capsys):
     assert main([*words, "--list-models"]) == 0
     assert "mine: My decay" in capsys.readouterr().out
     assert run(dataset, tmp_path / "out", *words, "--set", "mine.order=2", "--dry-run") == 2
-    assert "mine has no such option" in capsys.readouterr().err
+    assert "neither mine nor the solver lm has such an option" in capsys.readouterr().err
 
 
 CLASS = """\

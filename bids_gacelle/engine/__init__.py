@@ -16,17 +16,23 @@ from bids_gacelle.engine.models import (
     use_models,
 )
 from bids_gacelle.engine.prepare import DwiVolumes, PreparedDwi, prepare_dwi
+from bids_gacelle.engine.regularise import TGV2, TV, Custom, MapPrior, MeshTV
 from bids_gacelle.engine.result import FLAG_NAMES, FitResult
 from bids_gacelle.engine.scheme import DiffusionScheme, GradientEchoScheme
 
 __all__ = [
     "FLAG_NAMES",
+    "TGV2",
+    "TV",
+    "Custom",
     "DiffusionScheme",
     "DwiVolumes",
     "EngineError",
     "FitInterrupted",
     "FitResult",
     "GradientEchoScheme",
+    "MapPrior",
+    "MeshTV",
     "Parameter",
     "PreparedDwi",
     "Progress",

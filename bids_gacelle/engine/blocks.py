@@ -160,10 +160,19 @@ class Cancelled(Exception):
 
 
 class Queue:
-    """Voxels that no device has taken yet; used by the threads of all devices."""
+    """Voxels that no device has taken yet; used by the threads of all devices.
 
-    def __init__(self, n: int) -> None:
-        self._rest = deque([(0, n)] if n else [])
+    Parameters
+    ----------
+    n
+        Voxels in all.
+    pieces
+        Start and stop of those to be taken; None: all.
+    """
+
+    def __init__(self, n: int, pieces: Sequence[tuple[int, int]] | None = None) -> None:
+        whole = [(0, n)] if n else []
+        self._rest = deque(whole if pieces is None else pieces)
         self._lock = threading.Lock()
         self.cancelled = False
 

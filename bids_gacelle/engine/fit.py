@@ -39,9 +39,11 @@ from bids_gacelle.engine.objective import (
     describe_prior,
     make_objective,
 )
+from bids_gacelle.engine.regularise import Regulariser
 from bids_gacelle.engine.result import BlockMaps, BlockResult, FitResult, Maps
-from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver, solver_options
+from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver, settings_options
 from bids_gacelle.engine.solvers.base import default_lanes
+from bids_gacelle.engine.spatial_fit import EXTRA_STARTS, SpatialPlan, plan_spatial
 from bids_gacelle.engine.study import Block, Study
 from bids_gacelle.engine.uncertainty import Assessor
 
@@ -72,6 +74,8 @@ def fit(
     noise: str = "gaussian",
     loss: str = "l2",
     prior: PriorArgument = None,
+    regularise: Sequence[Regulariser] = (),
+    voxel_size: Sequence[float] | None = None,
     device: str | Sequence[str] = "auto",
     precision: str = "float32",
     seed: int = 0,
@@ -119,9 +123,16 @@ def fit(
     prior
         None, "weak", or {name: (mean, sd)} in the solver's coordinate (see `Parameter`), each a
         number or a map (*grid).
+    regularise
+        Spatial terms and others that join voxels, see `engine.regularise`: by ADMM for "lm", by
+        gradients of the whole volume for first-order solvers. Estimates then do depend on
+        neighbours; standard deviations are those of each voxel's own data (and prior) at the
+        regularised estimate, without what the neighbours add to the knowledge of it.
+    voxel_size
+        Along each axis of the grid in mm, for spatial terms; None: the same along all.
     device
         "auto" (a working GPU, else the CPU), "cpu", "cuda", "cuda:0", "cuda:all", or several
-        names: blocks then go to whichever device is free.
+        names: blocks then go to whichever device is free. Spatial terms use the first only.
     precision
         "float32" or "float64" of the solver; uncertainties are always computed in float64.
     seed
@@ -132,7 +143,8 @@ def fit(
         Voxels on a device at once; None: by memory. Maps do not depend on it.
     memory_limit
         Bytes to take on each device, the host's when that is the CPU, beside the arrays given and
-        the maps. None: half of the free memory of a GPU, 512 MiB on the CPU.
+        the maps. None: half of the free memory of a GPU, 512 MiB on the CPU. With spatial terms
+        the maps include their copies for every term; first-order solvers then need all data.
     progress
         Called with a `Progress` whose `done` increases to the voxels in the mask; with several
         devices from their threads, one at a time.
@@ -150,7 +162,8 @@ def fit(
         An argument is unknown, a shape does not match, or the memory limit is too small.
     FitInterrupted
         Instead of KeyboardInterrupt, at Ctrl-C. Its `result` has the blocks that were finished;
-        other voxels are NaN and flagged 8.
+        other voxels are NaN and flagged 8. With spatial terms no block is finished before the
+        volume is.
 
     Notes
     -----
@@ -163,7 +176,11 @@ def fit(
     grid = tuple(np.shape(data)[1:])
     objective = make_objective(model, noise, loss, prior, grid)
     run = get_solver(solver)
+    spatial = plan_spatial(regularise, voxel_size, model, grid, run)
     places = resolve_devices(device)
+    if spatial is not None and len(places) > 1:
+        logger.info("Spatial terms need all voxels on one device: using %s.", places[0])
+        places = places[:1]
     if precision not in _PRECISIONS:
         raise EngineError(f"Precision {precision!r} is unknown; give float32 or float64.")
     if block_size is not None and block_size < 1:
@@ -186,8 +203,10 @@ def fit(
             f"This prior, noise or loss needs the noise level, but {model.name} has as many "
             "parameters as there are measurements: give sigma."
         )
-    tuning = _tune(solver, model.starts if starts is None else starts, seed, options)
-    dtype, fits = _PRECISIONS[precision], study.n * tuning.starts * run.effort
+    kind = run.settings if spatial is None else spatial.settings
+    tuning = _tune(kind, model.starts if starts is None else starts, seed, options)
+    fits = study.n * (tuning.starts + (EXTRA_STARTS if spatial else 0)) * run.effort
+    dtype = _PRECISIONS[precision]
     tuning = replace(tuning, **_compilation(objective, model, dtype, places[0], fits, study.n))
     settings = {
         "model": model.name,
@@ -195,6 +214,7 @@ def fit(
         "noise": noise,
         "loss": loss,
         "prior": describe_prior(model, objective.prior),
+        "regularise": None,
         "device": ", ".join(str(place) for place in places),
         "precision": precision,
         "seed": seed,
@@ -204,14 +224,16 @@ def fit(
     maps = Maps(model, study.n)
     with torch.no_grad(), _full_float32():
         fitters = [_Fitter(model, objective, run, dtype, place, tuning) for place in places]
-        plan = _plan(fitters, study, memory_limit, block_size)
+        plan = _plan(fitters, study, memory_limit, block_size, spatial)
         logger.info("%s: %s on %s.", model.name, plan, settings["device"])
         watch = Watch(places)
-        stopped = _fit_all(fitters, study, maps, plan, watch, progress)
+        trace, stopped = _fit_all(fitters, study, maps, plan, watch, progress, spatial)
     settings |= {"compiled": any(fitter.compiled for fitter in fitters)}
+    if spatial is not None:
+        settings["regularise"] = spatial.describe() | trace.pop("spatial", {})
     settings |= _account(study, maps, time.perf_counter() - began) | _memory(plan, watch)
     if stopped is None:
-        return maps.result(study, settings)
+        return maps.result(study, settings, trace)
     maps.forget_unfinished()
     raise FitInterrupted(
         f"The fit was interrupted after {maps.n_finished:,} of {study.n:,} voxels.",
@@ -219,9 +241,16 @@ def fit(
     ) from stopped
 
 
-def _plan(fitters: list[_Fitter], study: Study, limit: int | None, block_size: int | None) -> Plan:
+def _plan(
+    fitters: list[_Fitter],
+    study: Study,
+    limit: int | None,
+    block_size: int | None,
+    spatial: SpatialPlan | None,
+) -> Plan:
     """Return one plan for all devices, that of the one with the least memory."""
-    plans = [fitter.plan(study, limit, block_size, len(fitters)) for fitter in fitters]
+    pulled, n_devices = spatial is not None, len(fitters)
+    plans = [f.plan(study, limit, block_size, n_devices, pulled=pulled) for f in fitters]
     plan = min(plans, key=lambda plan: plan.block_size)
     for fitter in fitters:
         fitter.follow(plan)
@@ -235,8 +264,12 @@ def _fit_all(
     plan: Plan,
     watch: Watch,
     progress: Callable[[Progress], None] | None,
-) -> KeyboardInterrupt | None:
-    """Fill the maps, block by block on all devices; return what the user interrupted it with."""
+    spatial: SpatialPlan | None,
+) -> tuple[dict[str, Any], KeyboardInterrupt | None]:
+    """Fill the maps, block by block on all devices or, with spatial terms, on the first.
+
+    Return what is to be told of the way, and what the user interrupted it with.
+    """
 
     def converged() -> float:
         return maps.converged / maps.fitted if maps.fitted else float("nan")
@@ -246,12 +279,22 @@ def _fit_all(
         functools.partial(fitter.fit, study, maps, queue, plan.block_size, tally, watch)
         for fitter in fitters
     ]
+
+    def report(share: float) -> None:
+        watch.look()
+        tally.running(0, study.n, share)
+
+    trace: dict[str, Any] = {}
     try:
-        share(workers, queue)
+        if spatial is None:
+            share(workers, queue)
+        else:
+            trace = spatial.fit(fitters[0], study, maps, plan, report)
+            tally.finished(0, study.n)
         tally.end()
     except KeyboardInterrupt as stopped:
-        return stopped
-    return None
+        return trace, stopped
+    return trace, None
 
 
 def _memory(plan: Plan, watch: Watch) -> dict[str, Any]:
@@ -344,13 +387,19 @@ class _Fitter:
         return any(kernel.runs_compiled for kernel in kernels)
 
     def plan(
-        self, study: Study, limit: int | None, block_size: int | None, n_devices: int
+        self,
+        study: Study,
+        limit: int | None,
+        block_size: int | None,
+        n_devices: int,
+        *,
+        pulled: bool,
     ) -> Plan:
         """Return how to cut the voxels into blocks."""
         lanes = self.settings.lanes
         return make_plan(
             study.n,
-            footprint(self.kernel, study, self.solver, self.settings),
+            footprint(self.kernel, study, self.solver, self.settings, pulled=pulled),
             device=self.device,
             limit=limit,
             block_size=block_size,
@@ -370,10 +419,18 @@ class _Fitter:
         """Whether to read a block while another is fitted: not if both need the same processor."""
         return self.device.type == "cuda" or study.on_disk
 
-    def blocks(self, study: Study, size: int) -> Iterator[tuple[slice, Block]]:
-        """Yield slices of the voxels in the mask with their block on the device."""
-        queue = Queue(study.n)
-        with Feeder(study, self.link, queue, size, ahead=self.reads_ahead(study)) as feeder:
+    def feeder(self, study: Study, queue: Queue, size: int) -> Feeder:
+        """Return what sends blocks of the voxels in a queue to the device."""
+        return Feeder(study, self.link, queue, size, ahead=self.reads_ahead(study))
+
+    def blocks(
+        self, study: Study, size: int, pieces: Sequence[tuple[int, int]] | None = None
+    ) -> Iterator[tuple[slice, Block]]:
+        """Yield slices of the voxels in the mask with their block on the device.
+
+        Those of the pieces (start, stop) if given, else all.
+        """
+        with self.feeder(study, Queue(study.n, pieces), size) as feeder:
             while (item := feeder.take()) is not None:
                 yield slice(item[0], item[1]), item[2]
                 item = None
@@ -416,7 +473,7 @@ class _Fitter:
         # A new thread computes gradients unless told otherwise.
         with (
             torch.no_grad(),
-            Feeder(study, self.link, queue, size, ahead=self.reads_ahead(study)) as feeder,
+            self.feeder(study, queue, size) as feeder,
         ):
             try:
                 for_blocks(feeder, work)
@@ -426,16 +483,17 @@ class _Fitter:
 
     def _fit_block(self, block: Block, report: Callable[[float], None]) -> BlockResult:
         exact = self.with_noise(block)
-        solution = self.solver.solve(self._problem(self.kernel, exact, report))
+        solution = self.solver.solve(self.problem(self.kernel, exact, report))
         solution = replace(solution, position=solution.position.double())
         maps = BlockMaps(self.model, exact.data.shape[-1], self.device)
         for part, ended, verdict in self.assessor.assess(exact, solution, block.shared):
             maps.store(part, block.scale[part], self.exact, ended, verdict)
         return maps.result
 
-    def _problem(
+    def problem(
         self, kernel: Kernel, exact: Voxels, report: Callable[[float], None] = lambda share: None
     ) -> Problem:
+        """Return the problem of some voxels in the precision of the kernel."""
         voxels = exact.map(lambda tensor: tensor.to(kernel.dtype))
         earlier = self.earlier if kernel is self.kernel else ()
         return Problem(kernel, voxels, self.exact, exact, self.settings, report, earlier)
@@ -449,19 +507,21 @@ class _Fitter:
         if objective not in self.plain:
             kernel = self.kernel
             self.plain[objective] = Kernel(self.model, objective, kernel.dtype, kernel.device)
-        problem = self._problem(self.plain[objective], exact)
+        problem = self.problem(self.plain[objective], exact)
         return self.solver.solve(problem).position.double()
 
 
-def _tune(solver: str, starts: int, seed: int, options: Mapping[str, Any] | None) -> Settings:
-    """Return the checked settings of the solver."""
+def _tune(
+    kind: type[Settings], starts: int, seed: int, options: Mapping[str, Any] | None
+) -> Settings:
+    """Return the checked settings of a solver."""
     if isinstance(starts, bool) or not isinstance(starts, Integral) or starts < 1:
         raise EngineError(f"starts must be a whole number and at least 1, got {starts!r}.")
-    known = solver_options(solver)
+    known = settings_options(kind)
     unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise EngineError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
-    settings = get_solver(solver).settings(starts=int(starts), seed=seed, **(options or {}))
+    settings = kind(starts=int(starts), seed=seed, **(options or {}))
     if settings.dictionary < starts:
         raise EngineError(
             f"A dictionary of {settings.dictionary} entries cannot give {starts} starts."

@@ -58,8 +58,10 @@ class Footprint:
         return int(_SLACK * (self.held + self.loaded if ahead else max(self.held, self.loaded)))
 
 
-def footprint(kernel: Kernel, study: Study, solver: Solver, settings: Settings) -> Footprint:
-    """Return what a fit will take.
+def footprint(
+    kernel: Kernel, study: Study, solver: Solver, settings: Settings, *, pulled: bool = False
+) -> Footprint:
+    """Return what a fit will take; `pulled`: every parameter of every voxel has a quadratic term.
 
     Counted from the arrays that exist together, except for the intermediate values of the model:
     these are measured by computing it for a few voxels.
@@ -75,6 +77,8 @@ def footprint(kernel: Kernel, study: Study, solver: Solver, settings: Settings) 
     if kernel.objective.needs_noise:
         numbers += 2 * p + 1
         prepared += _DOUBLE * (4 * p + 1)
+    elif pulled:
+        numbers += 2 * p
     converted = 0 if item == _DOUBLE else item * numbers
     stages = min(len(kernel.objective.stages()), 2)
     ends = settings.starts * (2 * item * p + stages * (item * solver.kept(p) + 8))

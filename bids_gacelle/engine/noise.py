@@ -72,15 +72,28 @@ def residual_variance(kernel: Kernel, voxels: Voxels, solve: Solve) -> Tensor:
     The mean squared residual of least squares. With a loss that is there for outliers, the median
     absolute residual of an L1 fit, which outliers move little.
     """
-    mean = _from_residuals(kernel, voxels, solve(Objective(), voxels), median=False)
+    mean = from_residuals(kernel, voxels, solve(Objective(), voxels))
     if kernel.objective.loss == "l2":
         return mean
     known = voxels._replace(noise_variance=mean.clamp_min(torch.finfo(mean.dtype).tiny))
     position = solve(replace(Objective(loss="l1"), corner=L1_CORNERS[-1]), known)
-    return _from_residuals(kernel, voxels, position, median=True)
+    return from_residuals(kernel, voxels, position, median=True)
 
 
-def _from_residuals(kernel: Kernel, voxels: Voxels, position: Tensor, *, median: bool) -> Tensor:
+def from_residuals(
+    kernel: Kernel, voxels: Voxels, position: Tensor, *, median: bool = False
+) -> Tensor:
+    """Return the noise variance (voxels,) of measurements of weight 1 at an estimate.
+
+    Parameters
+    ----------
+    kernel, voxels
+        As in `complete`.
+    position
+        The estimate, in double precision.
+    median
+        From the median absolute residual instead of the sum of squares.
+    """
     exact = Kernel(kernel.model, Objective(), torch.float64, kernel.device)
     n = voxels.data.shape[-1]
     out = []
@@ -91,7 +104,8 @@ def _from_residuals(kernel: Kernel, voxels: Voxels, position: Tensor, *, median:
         residual = exact.signal(position[:, index], part.inputs) - part.data
         if part.weight is not None:
             residual = residual * part.weight.sqrt()
-        m, degrees = len(residual), len(residual) - len(position)
+        m = len(residual)
+        degrees = max(m - len(position), 1)
         if median:
             scale = _MAD * residual.abs().quantile(0.5, dim=0)
             # Residuals that are all 0 would leave robust losses without a unit.

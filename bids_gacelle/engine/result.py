@@ -48,7 +48,8 @@ class FitResult:
         float32 (*grid): root mean squared residual over root mean squared data.
     trace
         How the solver went: "evaluations" (voxels by number of model evaluations),
-        "mean_evaluations", "winning_start" (voxels by index of the start that won).
+        "mean_evaluations", "winning_start" (voxels by index of the start that won); with spatial
+        terms the "objective" at the start and after every iteration.
     settings
         What was done, ready for JSON.
     """
@@ -229,10 +230,12 @@ class Maps:
         shares = (self._at_bound / max(self.fitted, 1)).tolist()
         return dict(zip(self.model.parameter_names, shares, strict=True))
 
-    def result(self, study: Study, settings: dict[str, Any]) -> FitResult:
-        """Return everything on the grid."""
+    def result(
+        self, study: Study, settings: dict[str, Any], trace: dict[str, Any] | None = None
+    ) -> FitResult:
+        """Return everything on the grid; a trace is added to that of the voxels."""
         evaluations = int(self._evaluations @ np.arange(len(self._evaluations)))
-        trace = {
+        trace = (trace or {}) | {
             "evaluations": self._evaluations.tolist(),
             "mean_evaluations": evaluations / max(self.fitted, 1),
             "winning_start": self._winner.tolist(),

@@ -27,6 +27,9 @@ from bids_gacelle.engine.kernels import SharedFactor, Voxels
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.objective import Prior
 
+# Numbers looked at together for the common scale of all voxels.
+_AT_ONCE = 1 << 20
+
 
 @dataclass(frozen=True)
 class Raw:
@@ -78,7 +81,8 @@ class Block:
         Mean and precision of the prior in solver coordinates, each (parameters, usable voxels), or
         None.
     scale
-        (usable voxels,) what the data were divided by; 1 for models without an amplitude.
+        (usable voxels,) what the data were divided by: the largest magnitude of the voxel, or the
+        common scale of all; 1 for models without an amplitude.
     shared
         Noise that measurements share, or None.
     usable
@@ -119,6 +123,8 @@ class Study:
         Whether `index` counts all voxels of the grid from the first to the last.
     on_disk
         Whether reading the data may have to wait for a disk.
+    common_scale
+        What the data of all voxels are divided by; None: each voxel's by its own scale.
 
     Raises
     ------
@@ -153,6 +159,7 @@ class Study:
         self.grid = tuple(array.shape[1:])
         self.degrees = self.n_measurements - len(model.parameters)
         self.on_disk = on_disk(data)
+        self.common_scale: float | None = None
         self._model = model
         self._axes = memory_order(array)
         self._data = Rows(array, self._axes)
@@ -282,6 +289,23 @@ class Study:
             )
         return self._rows(array), number.astype(np.intp)
 
+    def use_common_scale(self) -> None:
+        """Divide all voxels by one number, the median over voxels of the largest magnitude.
+
+        For spatial terms: maps of an amplitude in units of each voxel would show edges that are
+        none. Without an amplitude nothing is divided.
+        """
+        if not any(p.amplitude for p in self._model.parameters):
+            return
+        largest = [np.zeros(0)]
+        step = -(-_AT_ONCE // self.n_measurements)
+        for start in range(0, self.n, step):
+            data = self._data.read(self._columns(start, min(start + step, self.n)))
+            largest.append(np.abs(data.astype(np.float64)).max(0))
+        values = np.concatenate(largest)
+        values = values[np.isfinite(values) & (values > 0)]
+        self.common_scale = float(np.median(values)) if len(values) else 1.0
+
     def block(self, start: int, stop: int, device: torch.device) -> Block:
         """Return the usable voxels from `start` to `stop` of the mask, normalised.
 
@@ -345,7 +369,10 @@ class Study:
         data = pick(data)
         scale = torch.ones_like(data[0])
         if n and any(p.amplitude for p in model.parameters):
-            scale = torch.maximum(data.amax(0), -data.amin(0))
+            if self.common_scale is None:
+                scale = torch.maximum(data.amax(0), -data.amin(0))
+            else:
+                scale = scale * self.common_scale
         weight, variance = (None, None) if sigma is None else _weigh(pick(sigma) / scale)
         given = {} if inputs is None else dict(zip(self.inputs, pick(inputs), strict=True))
         voxels = Voxels(

@@ -36,8 +36,13 @@ def get_solver(name: str) -> Solver:
 
 def solver_options(name: str) -> list[str]:
     """Return the names of a solver's options: the fields of its settings that users may set."""
+    return settings_options(get_solver(name).settings)
+
+
+def settings_options(settings: type[Settings]) -> list[str]:
+    """Return the names of the fields of settings that users may set."""
     decided_by_fit = ("starts", "seed", "compiled", "compiled_fully")
-    return [f.name for f in fields(get_solver(name).settings) if f.name not in decided_by_fit]
+    return [f.name for f in fields(settings) if f.name not in decided_by_fit]
 
 
 def check_solver_options(name: str, options: Mapping[str, Any]) -> None:
@@ -59,5 +64,6 @@ __all__ = [
     "Solver",
     "check_solver_options",
     "get_solver",
+    "settings_options",
     "solver_options",
 ]

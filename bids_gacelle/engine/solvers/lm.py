@@ -68,8 +68,16 @@ class LmSettings(Settings):
     xtol: float = 1e-4
 
 
-def solve(problem: Problem) -> Solution:
-    """Fit every voxel of a block from each of its starts and keep the lowest cost."""
+def solve(problem: Problem, most_evaluations: int | None = None) -> Solution:
+    """Fit every voxel of a block from each of its starts and keep the lowest cost.
+
+    Parameters
+    ----------
+    problem
+        With `LmSettings`.
+    most_evaluations
+        See `minimise`.
+    """
     kernel, settings = problem.kernel, problem.settings
     dictionary = build_dictionary(kernel, settings.dictionary, settings.starts, settings.seed)
     starts = find_starts(kernel, problem.voxels, dictionary, compiled=settings.compiled_fully)
@@ -77,12 +85,12 @@ def solve(problem: Problem) -> Solution:
     position = starts.permute(1, 0, 2).reshape(n_parameters, -1)
     evaluations = torch.zeros(n_starts * n_voxels, dtype=torch.int32, device=kernel.device)
     for stage in problem.stages():
-        ends = minimise(stage, position)
+        ends = minimise(stage, position, most_evaluations)
         position, evaluations = ends.position, evaluations + ends.evaluations
     return best_of_starts(ends._replace(evaluations=evaluations), n_starts)
 
 
-def minimise(problem: Problem, starts: Tensor) -> Ends:
+def minimise(problem: Problem, starts: Tensor, most_evaluations: int | None = None) -> Ends:
     """Return where Levenberg-Marquardt ends from given starts.
 
     Parameters
@@ -91,22 +99,29 @@ def minimise(problem: Problem, starts: Tensor) -> Ends:
         Its voxels are fitted, over and over when there are more starts than voxels.
     starts
         (parameters, starts) in solver coordinates; start i belongs to voxel i modulo their number.
+    most_evaluations
+        Stop after fewer evaluations than the settings allow, to which a compiled step is bound.
     """
     kernel, settings = problem.kernel, problem.settings
     step = get_step(kernel, settings)
+    most = settings.max_evaluations
+    # Those not to be made count as made.
+    spent = most - min(most_evaluations or most, most)
     lanes: Lanes[State] = Lanes(
         problem,
         starts,
         settings.lanes or default_lanes(kernel),
-        load=lambda position, voxels: _fresh(position),
+        load=lambda position, voxels: _fresh(position, spent),
         advance=lambda state, voxels: State(*step(state, voxels)),
-        outcome=lambda state: Ends(state.position, state.cost, state.evaluations, state.converged),
+        outcome=lambda state: Ends(
+            state.position, state.cost, state.evaluations - spent, state.converged
+        ),
     )
     return lanes.run()
 
 
-def _fresh(position: Tensor) -> State:
-    """Return lanes that have just been filled."""
+def _fresh(position: Tensor, spent: int) -> State:
+    """Return lanes that have just been filled, with so many evaluations counted."""
     n, zeros = len(position), torch.zeros_like(position[0])
     flags = zeros.to(torch.bool)
     diagonal = [torch.ones_like(zeros) if i == j else zeros for i, j in packed(n)]
@@ -117,7 +132,7 @@ def _fresh(position: Tensor) -> State:
         hessian=torch.stack(diagonal),
         damping=torch.full_like(zeros, _FIRST_DAMPING),
         growth=torch.full_like(zeros, 2.0),
-        evaluations=zeros.to(torch.int32),
+        evaluations=torch.full_like(zeros, spent, dtype=torch.int32),
         running=~flags,
         converged=flags,
     )
