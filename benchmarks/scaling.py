@@ -11,14 +11,13 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from engine import cases, machine
+from protocols import RESULTS, cases, machine
 
 from bids_gacelle.engine import fit
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
 SLOPE_FROM = 10_000
 """Below, what a fit costs once is a part of its time."""
 
@@ -86,18 +85,18 @@ def main():
     parser.add_argument("--nexi-most", type=int, default=1_000_000)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "scaling.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scaling.json")
     arguments = parser.parse_args()
     rows = []
-    for name, model, truth, sd, *_ in cases(arguments.most, np.random.default_rng(0)):
+    for case in cases(arguments.most, ["r2star", "nexi"]):
+        if case.snr > 50:
+            continue
+        name = case.name
         most = min(arguments.most, arguments.nexi_most) if name == "nexi" else arguments.most
         sizes = [n for n in (10**k * f for k in range(2, 7) for f in (1, 3)) if n <= most]
-        signal = model.signal({k: torch.tensor(v[:most]) for k, v in truth.items()}).numpy()
-        data = signal + np.random.default_rng(1).normal(size=signal.shape) * sd
-        data = data.astype(np.float32)
-        rows += time_fits(name, model, data, sizes, arguments.threads, arguments.repeats)
+        data = case.data()[0][:, :most].astype(np.float32)
+        rows += time_fits(name, case.model, data, sizes, arguments.threads, arguments.repeats)
     slopes = {f"{name}, {t} threads": slope(line) for (name, t), line in lines(rows).items()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine(), "slopes": slopes, "results": rows}
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     plot(rows, arguments.out.with_suffix(".png"))

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from engine import cases, machine
+from protocols import RESULTS, cases, machine
 
 from bids_gacelle.engine import fit
-
-HERE = Path(__file__).parent
 
 
 def own_bytes():
@@ -105,23 +103,20 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--times", type=float, default=8, help="size over memory limit")
     parser.add_argument("--dictionary", type=int, default=512)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "streaming.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "streaming.json")
     arguments = parser.parse_args()
     if sys.platform != "linux":
         parser.error("memory is read from /proc, which this system has not")
     torch.set_num_threads(1)
     options = {"starts": 1, "options": {"dictionary": arguments.dictionary}}
     rows = []
-    for name, model, truth, sd, *_ in cases(arguments.voxels, np.random.default_rng(0)):
-        if name not in arguments.models:
+    for case in cases(arguments.voxels, arguments.models):
+        if case.snr > 50:
             continue
-        signal = model.signal({k: torch.tensor(v).float() for k, v in truth.items()}).numpy()
-        noise = np.random.default_rng(1).standard_normal(signal.shape, dtype=np.float32)
-        data = signal + np.float32(sd) * noise
-        del signal, noise
-        rows.append(run_case(name, model, data, arguments.repeats, options, arguments.times))
+        data = case.data()[0].astype(np.float32)
+        times = arguments.times
+        rows.append(run_case(case.name, case.model, data, arguments.repeats, options, times))
         print(json.dumps(rows[-1]), flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({"machine": machine(), "results": rows}, indent=2) + "\n")
 
 

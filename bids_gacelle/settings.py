@@ -17,7 +17,8 @@ from bids_gacelle.errors import InputError
 CHOICES = {
     "analysis_level": ("participant", "group"),
     "solver": ("lm", "adam", "sgdm", "rmsprop", "linear"),
-    "noise": ("gaussian",),
+    "noise": ("gaussian", "rician"),
+    "loss": ("l2", "l1", "huber"),
     "prior": ("weak",),
     "precision": ("float32", "float64"),
 }
@@ -53,6 +54,7 @@ class Settings:
     assume_ms: tuple[str, ...] = ()
     solver: str = "lm"
     noise: str = "gaussian"
+    loss: str = "l2"
     prior: str | None = None
     device: str = "auto"
     precision: str = "float32"

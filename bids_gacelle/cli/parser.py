@@ -184,6 +184,16 @@ def _fit(parser: argparse.ArgumentParser) -> None:
         "linear: the closed form, where a model has one",
     )
     group.add_argument(
+        "--noise",
+        choices=CHOICES["noise"],
+        help="of the images: gaussian (default), or rician for magnitudes near the noise floor",
+    )
+    group.add_argument(
+        "--loss",
+        choices=CHOICES["loss"],
+        help="l2: least squares or the likelihood (default); l1, huber: less moved by outliers",
+    )
+    group.add_argument(
         "--prior",
         choices=("none", *CHOICES["prior"]),
         help="weak: a wide Gaussian prior, stated in the sidecars (default: none)",

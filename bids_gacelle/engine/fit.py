@@ -315,7 +315,7 @@ def _compilation(
     fits: int,
     voxels: int,
 ) -> dict[str, bool]:
-    """Return which functions to compile; those around the solver take little of the time."""
+    """Return whether to compile the solver, and what comes before and after it."""
 
     def wanted(name: str, dtype: torch.dtype, fits: int) -> bool:
         mark = compilation_mark(model, objective, dtype, device, name)

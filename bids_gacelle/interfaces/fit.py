@@ -134,6 +134,7 @@ def _fit_call(
             inputs={k: v[voxels] for k, v in inputs.items()},
             solver=settings.solver,
             noise=settings.noise,
+            loss=settings.loss,
             prior=settings.prior,
             device=settings.device,
             precision=settings.precision,

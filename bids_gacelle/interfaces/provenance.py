@@ -15,7 +15,15 @@ from bids_gacelle.bids.sidecar import FitRecord, estimation_text
 from bids_gacelle.interfaces.model_files import model_file
 from bids_gacelle.settings import Settings
 
-FIT_SETTINGS = ("solver", "noise", "prior", "precision", "random_seed", "b0_threshold")
+FIT_SETTINGS = (
+    "solver",
+    "noise",
+    "loss",
+    "prior",
+    "precision",
+    "random_seed",
+    "b0_threshold",
+)
 """Settings that change the numbers in the maps."""
 
 

@@ -19,11 +19,16 @@ def solve(problem: Problem) -> Solution:
     Raises
     ------
     EngineError
-        The model has no closed form, or a prior was asked for.
+        The model has no closed form, or a prior, other noise or another loss was asked for.
     """
     kernel, voxels = problem.exact, problem.exact_voxels
     if kernel.objective.prior is not None:
         raise EngineError("The linear solver takes no prior: use solver 'lm'.")
+    if kernel.objective.noise != "gaussian" or kernel.objective.loss != "l2":
+        raise EngineError(
+            f"The linear solver takes no {kernel.objective.noise} noise with {kernel.objective.loss} "
+            "loss, only Gaussian noise with l2: use solver 'lm'."
+        )
 
     names = kernel.model.parameter_names
 
