@@ -15,6 +15,7 @@ from bids_gacelle.engine.models import (
     signal_model,
     use_models,
 )
+from bids_gacelle.engine.noise import sigma_from_repeats
 from bids_gacelle.engine.prepare import DwiVolumes, PreparedDwi, prepare_dwi
 from bids_gacelle.engine.regularise import TGV2, TV, Custom, MapPrior, MeshTV
 from bids_gacelle.engine.result import FLAG_NAMES, FitResult
@@ -42,6 +43,7 @@ __all__ = [
     "get_model",
     "list_models",
     "prepare_dwi",
+    "sigma_from_repeats",
     "signal_model",
     "use_models",
 ]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import Kernel, Voxels
 from bids_gacelle.engine.objective import L1_CORNERS, Objective
 from bids_gacelle.engine.physics import rician
@@ -119,3 +122,39 @@ def _chunks(voxels: Voxels) -> Iterator[Voxels]:
     """Yield pieces whose intermediate values take little memory."""
     for begin in range(0, voxels.data.shape[-1], CHUNK):
         yield voxels.take(slice(begin, begin + CHUNK))
+
+
+def sigma_from_repeats(data: ArrayLike | Tensor, group: ArrayLike) -> NDArray[np.float64]:
+    """Return the standard deviation of one measurement from measurements made more than once.
+
+    Parameters
+    ----------
+    data
+        (measurements, *grid).
+    group
+        (measurements,) measurements of one number are repeats of each other.
+
+    Returns
+    -------
+    (*grid) root of the pooled variance of all groups, for `fit(sigma=...)`; NaN where a repeated
+    measurement is not finite.
+
+    Raises
+    ------
+    EngineError
+        The lengths differ, or nothing was repeated.
+    """
+    values = np.asarray(data.detach().cpu() if isinstance(data, Tensor) else data, np.float64)
+    numbers = np.asarray(group)
+    if numbers.shape != values.shape[:1]:
+        raise EngineError(
+            f"group has shape {numbers.shape} but there are {values.shape[0]} measurements."
+        )
+    squares, degrees = np.zeros(values.shape[1:]), 0
+    for number in np.unique(numbers):
+        repeats = values[numbers == number]
+        squares += ((repeats - repeats.mean(0)) ** 2).sum(0)
+        degrees += len(repeats) - 1
+    if degrees == 0:
+        raise EngineError("No measurement was repeated: there is nothing to tell the noise from.")
+    return np.sqrt(squares / degrees)

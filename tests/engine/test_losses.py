@@ -5,7 +5,7 @@ import pytest
 import scipy.optimize
 import torch
 
-from bids_gacelle.engine import fit
+from bids_gacelle.engine import EngineError, fit, sigma_from_repeats
 from bids_gacelle.engine.objective import HUBER_CORNER, L1_CORNERS, Objective
 
 from .helpers import Line, draw, make_model, noisy
@@ -137,3 +137,19 @@ def test_a_prior_map_is_the_closed_form_in_every_voxel():
         "sd": "map",
         "coordinate": "linear",
     }
+
+
+def test_noise_from_repeats_is_the_pooled_deviation():
+    rng = np.random.default_rng(10)
+    group = np.repeat([0, 1, 2, 3], [6, 6, 6, 1])
+    data = group[:, None, None] + 0.3 * rng.normal(size=(19, 40, 50))
+    sigma = sigma_from_repeats(data, group)
+    assert sigma.shape == (40, 50)
+    assert abs(np.sqrt((sigma**2).mean()) / 0.3 - 1) < 0.02
+    assert abs((sigma / 0.3).std() - 1 / np.sqrt(2 * 15)) < 0.02  # 15 degrees of freedom
+    data[0, 3, 4] = np.nan
+    assert np.isnan(sigma_from_repeats(torch.tensor(data), group)[3, 4])
+    with pytest.raises(EngineError, match="nothing to tell the noise from"):
+        sigma_from_repeats(data, np.arange(19))
+    with pytest.raises(EngineError, match="19 measurements"):
+        sigma_from_repeats(data, [0, 0])

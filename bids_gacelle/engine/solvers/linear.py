@@ -24,10 +24,11 @@ def solve(problem: Problem) -> Solution:
     kernel, voxels = problem.exact, problem.exact_voxels
     if kernel.objective.prior is not None:
         raise EngineError("The linear solver takes no prior: use solver 'lm'.")
-    if kernel.objective.noise != "gaussian" or kernel.objective.loss != "l2":
+    noise, loss = kernel.objective.noise, kernel.objective.loss
+    if noise != "gaussian" or loss != "l2":
         raise EngineError(
-            f"The linear solver takes no {kernel.objective.noise} noise with {kernel.objective.loss} "
-            "loss, only Gaussian noise with l2: use solver 'lm'."
+            f"The linear solver takes no {noise} noise with {loss} loss, only Gaussian noise with "
+            "l2: use solver 'lm'."
         )
 
     names = kernel.model.parameter_names
