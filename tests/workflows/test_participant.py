@@ -333,7 +333,7 @@ def test_missing_diffusion_times_name_the_way_out(tmp_path, no_pages):
         (["--participant-label", "07"], "07"),
         (["--session-label", "x"], "session 'x'"),
         (["--models", "nexy"], "Did you mean nexi"),
-        (["--models", "r2star", "--set", "r2star.l_max=2"], "no such option"),
+        (["--models", "r2star", "--set", "r2star.l_max=2"], "such an option"),
         (["--device", "cuda:7"], "cuda:7"),
     ],
 )
