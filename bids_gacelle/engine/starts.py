@@ -23,6 +23,9 @@ _ENTRIES_PER_PARAMETER = 64
 _FEW = 2
 
 
+Choose = Callable[..., tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Dictionary:
     """Signals at Sobol points of the start boxes, split into regions of parameter space.
@@ -123,25 +126,25 @@ def find_starts(
     One start comes from each region of the dictionary; where the model has a guess, it takes the
     place of the first.
     """
-    misfit = _mixture_misfit if kernel.model.linear else _misfit
-    if compiled and kernel.model.linear:  # the other is a matrix product and little else
-        misfit = kernel.compile("misfit", misfit)
+    choose = _best_mixture if kernel.model.linear else _best_entry
+    if compiled:
+        choose = kernel.compile("starts", choose)
     n = voxels.data.shape[-1]
     chunks = []
     for begin in range(0, n, CHUNK):
         index = torch.arange(begin, begin + CHUNK, device=kernel.device).clamp_max(n - 1)
-        chunks.append(_chunk_starts(kernel, voxels.take(index), dictionary, misfit))
+        chunks.append(_chunk_starts(kernel, voxels.take(index), dictionary, choose))
     return torch.cat(chunks, -1)[..., :n]
 
 
 def _chunk_starts(
-    kernel: Kernel, voxels: Voxels, dictionary: Dictionary, misfit: Callable[..., Tensor]
+    kernel: Kernel, voxels: Voxels, dictionary: Dictionary, choose: Choose
 ) -> Tensor:
     guess = _guess(kernel, voxels)
     if guess is not None and len(dictionary.regions) == 1 and bool(guess.isfinite().all()):
         starts = [guess]
     else:
-        starts, costs = _best_of_regions(kernel, voxels, dictionary, misfit)
+        starts, costs = _best_of_regions(kernel, voxels, dictionary, choose)
         if guess is not None:
             best = torch.stack(costs).argmin(0)
             fallback = torch.stack(starts)[best, :, torch.arange(CHUNK, device=best.device)].T
@@ -162,7 +165,7 @@ def _guess(kernel: Kernel, voxels: Voxels) -> Tensor | None:
 
 
 def _best_of_regions(
-    kernel: Kernel, voxels: Voxels, dictionary: Dictionary, misfit: Callable[..., Tensor]
+    kernel: Kernel, voxels: Voxels, dictionary: Dictionary, choose: Choose
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the best entry (parameters, voxels) of each region, and its misfit (voxels,)."""
     linear = bool(kernel.model.linear)
@@ -176,7 +179,7 @@ def _best_of_regions(
             entries = dictionary.signal[:, tile]
             if not linear:
                 entries = entries.T
-            cost, best = misfit(entries, voxels, kernel.amplitude).min(0)
+            cost, best = choose(entries, voxels, kernel.amplitude)
             better = cost < lowest
             entry = torch.where(better, tile[best], entry)
             lowest = torch.where(better, cost, lowest)
@@ -188,8 +191,8 @@ def _best_of_regions(
     return starts, costs
 
 
-def _misfit(signal: Tensor, voxels: Voxels, amplitude: int | None) -> Tensor:
-    """Return sums of squares up to a constant of each voxel, (entries, voxels).
+def _best_entry(signal: Tensor, voxels: Voxels, amplitude: int | None) -> tuple[Tensor, Tensor]:
+    """Return the lowest sum of squares of each voxel, up to a constant, and its entry.
 
     Parameters
     ----------
@@ -203,21 +206,25 @@ def _misfit(signal: Tensor, voxels: Voxels, amplitude: int | None) -> Tensor:
     square = signal * signal
     power = square.sum(1)[:, None] if weight is None else square @ weight
     if amplitude is None:
-        return torch.addmm(power, signal, data, alpha=-2)
-    return -((signal @ data).clamp_min(0) ** 2) / power
+        misfit = torch.addmm(power, signal, data, alpha=-2)
+    else:
+        misfit = -((signal @ data).clamp_min(0) ** 2) / power
+    return _lowest(misfit)
 
 
-def _mixture_misfit(signal: Tensor, voxels: Voxels, amplitude: None = None) -> Tensor:
-    """Return sums of squares, up to a constant of each voxel, at the best mixing weights.
+def _lowest(misfit: Tensor) -> tuple[Tensor, Tensor]:
+    return misfit.amin(0), misfit.argmin(0)
+
+
+def _best_mixture(signal: Tensor, voxels: Voxels, amplitude: None = None) -> tuple[Tensor, Tensor]:
+    """Return the lowest sum of squares of each voxel, up to a constant, and its entry.
+
+    Every entry is taken at its best mixing weights.
 
     Parameters
     ----------
     signal
         (signals, entries, measurements).
-
-    Returns
-    -------
-    Tensor of shape (entries, voxels).
     """
     last = signal[-1]
     others = signal[:-1] - last
@@ -230,9 +237,8 @@ def _mixture_misfit(signal: Tensor, voxels: Voxels, amplitude: None = None) -> T
 
     gram = [[power(a, b) for b in others] for a in others]
     slope = [torch.addmm(power(a, last), a, data, beta=-1) for a in others]
-    return lowest_cost(Mixing(gram, slope)).add_(
-        torch.addmm(power(last, last), last, data, alpha=-2)
-    )
+    alone = torch.addmm(power(last, last), last, data, alpha=-2)
+    return _lowest(lowest_cost(Mixing(gram, slope)) + alone)
 
 
 def _project_linear(
