@@ -167,7 +167,11 @@ def estimation_text(settings: Mapping[str, Any]) -> str:
     words = [_SOLVERS.get(solver, solver)]
     if solver != "linear":
         prior = settings.get("prior")
-        words.append("maximum a posteriori" if prior else "maximum likelihood")
+        likelihood = settings.get("loss", "l2") == "l2"
+        if prior:
+            words.append("maximum a posteriori")
+        elif likelihood:
+            words.append("maximum likelihood")
         words.append(f"{settings.get('noise', 'gaussian')} noise".capitalize())
         if (loss := settings.get("loss", "l2")) != "l2":
             words.append(f"{loss} loss")

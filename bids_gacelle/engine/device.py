@@ -49,11 +49,11 @@ def resolve_devices(names: str | Sequence[str]) -> list[torch.device]:
     """
     if names == "cuda:all":
         names = [f"cuda:{i}" for i in range(max(torch.cuda.device_count(), 1))]
-    elif isinstance(names, str):
-        names = [names]
+    elif isinstance(names, str | torch.device):
+        names = [str(names)]
     if not names:
         raise EngineError("The list of devices is empty.")
-    return [resolve_device(name) for name in names]
+    return [resolve_device(str(name)) for name in names]
 
 
 def _cuda_problem(device: torch.device) -> str:

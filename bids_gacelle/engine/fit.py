@@ -29,7 +29,7 @@ from bids_gacelle.engine.blocks import (
 )
 from bids_gacelle.engine.device import resolve_devices
 from bids_gacelle.engine.errors import EngineError, FitInterrupted
-from bids_gacelle.engine.kernels import Kernel, Voxels, compilation_mark, compile_wanted
+from bids_gacelle.engine.kernels import Kernel, Voxels, compile_wanted
 from bids_gacelle.engine.memory import Watch, footprint
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.noise import complete
@@ -167,10 +167,15 @@ def fit(
 
     Notes
     -----
+    Large fits are compiled; compiled and eager code round differently, by far less than a standard
+    deviation. The number of voxels decides, and `settings["compiled"]` tells; set the environment
+    variable BIDS_GACELLE_COMPILE to never or always to have one of them whatever the size.
+
     A voxel is unusable (flag 4) when a measurement is not finite, all are zero, the first (echo,
-    flip angle or shell) is not positive, its sigma or a voxel input is not a positive number, or
-    its scale_sigma is negative or no number. Single non-positive values elsewhere are noise and
-    are fitted.
+    flip angle or shell) is not positive, its sigma or a voxel input is not a positive number, its
+    scale_sigma is negative or no number, or, without a prior, fewer measurements than parameters
+    have a finite sigma and a weight. Single non-positive values elsewhere are noise and are
+    fitted.
     """
     began = time.perf_counter()
     grid = tuple(np.shape(data)[1:])
@@ -183,10 +188,9 @@ def fit(
         places = places[:1]
     if precision not in _PRECISIONS:
         raise EngineError(f"Precision {precision!r} is unknown; give float32 or float64.")
-    if block_size is not None and block_size < 1:
-        raise EngineError(f"block_size must be positive, got {block_size}.")
-    if memory_limit is not None and memory_limit < 1:
-        raise EngineError(f"memory_limit must be positive, got {memory_limit}.")
+    for name, count in (("block_size", block_size), ("memory_limit", memory_limit)):
+        if count is not None and (not isinstance(count, Integral) or count < 1):
+            raise EngineError(f"{name} must be positive and whole, got {count!r}.")
     study = Study(
         model,
         data,
@@ -203,11 +207,17 @@ def fit(
             f"This prior, noise or loss needs the noise level, but {model.name} has as many "
             "parameters as there are measurements: give sigma."
         )
+    if noise == "rician" and study.sigma is None:
+        logger.warning(
+            "%s: the noise level is taken from residuals, which are too small near the noise "
+            "floor, where Rician noise matters: give sigma.",
+            model.name,
+        )
     kind = run.settings if spatial is None else spatial.settings
     tuning = _tune(kind, model.starts if starts is None else starts, seed, options)
     fits = study.n * (tuning.starts + (EXTRA_STARTS if spatial else 0)) * run.effort
     dtype = _PRECISIONS[precision]
-    tuning = replace(tuning, **_compilation(objective, model, dtype, places[0], fits, study.n))
+    tuning = replace(tuning, **_compilation(model, places[0], fits, study.n))
     settings = {
         "model": model.name,
         "solver": solver,
@@ -217,7 +227,7 @@ def fit(
         "regularise": None,
         "device": ", ".join(str(place) for place in places),
         "precision": precision,
-        "seed": seed,
+        "seed": tuning.seed,
         "starts": tuning.starts,
         "options": dict(options or {}),
     }
@@ -233,12 +243,22 @@ def fit(
         settings["regularise"] = spatial.describe() | trace.pop("spatial", {})
     settings |= _account(study, maps, time.perf_counter() - began) | _memory(plan, watch)
     if stopped is None:
-        return maps.result(study, settings, trace)
+        return maps.result(study, _plain(settings), trace)
     maps.forget_unfinished()
+    interrupted = {"interrupted": True, "n_finished": maps.n_finished}
     raise FitInterrupted(
         f"The fit was interrupted after {maps.n_finished:,} of {study.n:,} voxels.",
-        maps.result(study, settings | {"interrupted": True, "n_finished": maps.n_finished}),
+        maps.result(study, _plain(settings | interrupted)),
     ) from stopped
+
+
+def _plain(value: Any) -> Any:
+    """Return settings as JSON knows them: callers pass numbers of numpy too."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _plan(
@@ -308,21 +328,11 @@ def _memory(plan: Plan, watch: Watch) -> dict[str, Any]:
 
 
 def _compilation(
-    objective: Objective,
-    model: SignalModel,
-    dtype: torch.dtype,
-    device: torch.device,
-    fits: int,
-    voxels: int,
+    model: SignalModel, device: torch.device, fits: int, voxels: int
 ) -> dict[str, bool]:
     """Return whether to compile the solver, and what comes before and after it."""
-
-    def wanted(name: str, dtype: torch.dtype, fits: int) -> bool:
-        mark = compilation_mark(model, objective, dtype, device, name)
-        return compile_wanted(model, fits, device, mark)
-
-    compiled = wanted("step", dtype, fits)
-    fully = compiled and wanted("moments", torch.float64, voxels // _ASSESSMENT_SHARE)
+    compiled = compile_wanted(model, fits, device)
+    fully = compiled and compile_wanted(model, voxels // _ASSESSMENT_SHARE, device)
     return {"compiled": compiled, "compiled_fully": fully}
 
 
@@ -517,11 +527,13 @@ def _tune(
     """Return the checked settings of a solver."""
     if isinstance(starts, bool) or not isinstance(starts, Integral) or starts < 1:
         raise EngineError(f"starts must be a whole number and at least 1, got {starts!r}.")
+    if not isinstance(options or {}, Mapping):
+        raise EngineError(f"options is {options!r}; give {{name: value}}.")
     known = settings_options(kind)
     unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise EngineError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
-    settings = kind(starts=int(starts), seed=seed, **(options or {}))
+    settings = kind(starts=int(starts), seed=int(seed), **(options or {}))
     if settings.dictionary < starts:
         raise EngineError(
             f"A dictionary of {settings.dictionary} entries cannot give {starts} starts."

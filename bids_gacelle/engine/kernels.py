@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import getpass
-import hashlib
 import importlib.util
 import logging
 import os
-import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bids_gacelle import __version__
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.objective import Misfit, Objective
@@ -31,8 +24,6 @@ COMPILE_VARIABLE = "BIDS_GACELLE_COMPILE"
 # Let inductor compute a voxel's measurements inside the loop that sums over them, and join the
 # many numbers of a step into one loop over voxels.
 _said: set[str] = set()
-# By how much sooner compiling pays when the code is in the cache.
-_LOADING_GAIN = 4
 _OPTIONS: dict[str, Any] = {
     "loop_ordering_after_fusion": True,
     "max_fusion_size": 2000,
@@ -185,6 +176,10 @@ class Kernel:
             for p, box in zip(parameters, boxes, strict=True)
         ]
         self.box = tuple(coordinates)
+        self.search = tuple(
+            box if p.search is None else tuple(p.to_coordinate(v) for v in p.search)
+            for p, box in zip(parameters, coordinates, strict=True)
+        )
         self.width = self._column([high - low for low, high in coordinates])
         self.averages = self._averages()
         self.compiled: dict[str, Compiled] = {}
@@ -209,8 +204,7 @@ class Kernel:
     def compile(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function compiled; made once under this name for all blocks of a fit."""
         if name not in self.compiled:
-            mark = compilation_mark(self.model, self.objective, self.dtype, self.device, name)
-            self.compiled[name] = Compiled(function, mark)
+            self.compiled[name] = Compiled(function)
         return self.compiled[name]
 
     def _column(self, values: list[float]) -> Tensor:
@@ -309,35 +303,7 @@ class Kernel:
         return NormalEquations(cost, torch.stack(gradient), torch.stack(hessian))
 
 
-def compilation_mark(
-    model: SignalModel, objective: Objective, dtype: torch.dtype, device: torch.device, name: str
-) -> Path:
-    """Return the file whose presence says that a function's compiled code is in the cache.
-
-    It lies in inductor's cache, so that both go together. What the code depends on is in its name;
-    values of the acquisition are not, they are data to the code.
-    """
-    kind = type(model)
-    what = (
-        torch.__version__, torch.get_num_threads(), __version__, name, kind.__module__,
-        kind.__qualname__, model.parameter_names, model.n_measurements, objective.noise,
-        objective.loss, objective.prior is None, dtype, device.type,
-    )  # fmt: skip
-    key = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
-    default = Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", default)) / "bids_gacelle" / key
-
-
-def _user() -> str:
-    try:
-        return re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, OSError):  # a container's user may have no name
-        return ""
-
-
-def compile_wanted(
-    model: SignalModel, fits: int, device: torch.device, mark: Path | None = None
-) -> bool:
+def compile_wanted(model: SignalModel, fits: int, device: torch.device) -> bool:
     """Tell whether to compile: the environment variable decides, "auto" weighs cost and gain.
 
     Parameters
@@ -348,8 +314,6 @@ def compile_wanted(
         Voxels times starts of the whole problem.
     device
         Where the fit runs.
-    mark
-        The `compilation_mark` of the function: code in the cache is loaded in a fifth of the time.
 
     Raises
     ------
@@ -361,8 +325,7 @@ def compile_wanted(
         raise EngineError(f"{COMPILE_VARIABLE} is {choice!r}; it must be never, auto or always.")
     if choice != "auto":
         return choice == "always"
-    cached = mark is not None and mark.exists()
-    if fits < model.compile_from // (_LOADING_GAIN if cached else 1):
+    if fits < model.compile_from:
         return False
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
     if device.type == "cuda":
@@ -377,12 +340,10 @@ class Compiled:
     ----------
     function
         A pure function of tensors whose shapes do not change.
-    mark
-        File that is made when it has been compiled.
     """
 
-    def __init__(self, function: Callable[..., Any], mark: Path | None = None) -> None:
-        self._function, self._mark = function, mark
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
         self._call: Callable[..., Any] | None = None
         self.works = False
 
@@ -414,10 +375,6 @@ class Compiled:
             self._call = self._function
             return self._function(*args)
         self._call, self.works = compiled, True
-        if self._mark is not None:
-            with contextlib.suppress(OSError):
-                self._mark.parent.mkdir(parents=True, exist_ok=True)
-                self._mark.touch()
         return result
 
 

@@ -155,8 +155,10 @@ def _make_prior(model: SignalModel, prior: PriorArgument, grid: tuple[int, ...])
         given: dict[str, Normal] = {
             p.name: p.prior for p in model.parameters if p.prior is not None
         }
-    else:
+    elif isinstance(prior, Mapping):
         given = dict(prior)
+    else:
+        raise EngineError(f"prior is {prior!r}; give None, 'weak' or {{name: (mean, sd)}}.")
     unknown = sorted(set(given) - set(model.parameter_names))
     if unknown:
         raise EngineError(

@@ -132,7 +132,9 @@ class BlockMaps:
         for i, name in enumerate((*self.model.parameter_names, *self.model.derived_names)):
             finite = values[name].isfinite()
             out.values[i, part] = torch.where(finite, values[name], torch.nan).float()
-            out.std[i, part] = torch.where(finite, std[name], torch.nan).float()
+            deviation = std[name].float()
+            known = finite & deviation.isfinite()
+            out.std[i, part] = torch.where(known, deviation, torch.nan)
         out.flags[part] = (
             assessment.at_bound.any(0) * FLAG_AT_BOUND
             + ~solution.converged * FLAG_NOT_CONVERGED

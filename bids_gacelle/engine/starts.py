@@ -64,7 +64,7 @@ def build_dictionary(kernel: Kernel, entries: int, regions: int, seed: int) -> D
     unit = engine.draw(entries, dtype=torch.float64).T
     position = torch.ones(len(kernel.box), entries, dtype=torch.float64)
     for row, i in enumerate(fitted):
-        low, high = (float(kernel.lower[i]), float(kernel.upper[i])) if few else kernel.box[i]
+        low, high = (float(kernel.lower[i]), float(kernel.upper[i])) if few else kernel.search[i]
         position[i] = low + (high - low) * unit[row]
     position = position.to(kernel.device, kernel.dtype)
     inputs = {

@@ -198,7 +198,7 @@ class Study:
         if mask is None:
             self._place = np.arange(size)
         else:
-            chosen = host(mask).astype(bool)
+            chosen = np.nan_to_num(host(np.ma.filled(mask, 0))).astype(bool)
             self._require("mask", chosen.shape)
             self._place = np.flatnonzero(chosen.transpose(self._axes))
         self.n = len(self._place)
@@ -219,6 +219,8 @@ class Study:
     def _read_sigma(self, sigma: float | ArrayLike | Tensor) -> float | Rows:
         """Return sigma as a number, or as 1 or `n_measurements` rows."""
         array = host(sigma)
+        if array.dtype.kind not in "fiu":
+            raise EngineError(f"sigma must hold real numbers, got {array.dtype}: {sigma!r:.60}.")
         if array.shape == self.grid and array.ndim:
             return self._rows(array[None])
         if array.shape == (self.n_measurements, *self.grid):
@@ -364,6 +366,12 @@ class Study:
             usable &= (common.isfinite() & (common >= 0)).all(0)
         if emphasis is not None:
             usable &= (emphasis != 0).any(0)
+        if mean is None and (sigma is not None or emphasis is not None):
+            told = torch.ones_like(data)
+            for factor in (None if sigma is None else sigma.isfinite(), emphasis):
+                if factor is not None:
+                    told = told * (factor != 0)
+            usable &= told.sum(0) >= min(len(model.parameters), self.n_measurements)
         n = int(usable.sum())
         pick = _Picker(usable, n)
         data = pick(data)

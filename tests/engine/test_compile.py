@@ -10,11 +10,8 @@ import torch
 from bids_gacelle.engine import EngineError, fit, kernels
 from bids_gacelle.engine.kernels import (
     COMPILE_VARIABLE,
-    Kernel,
-    compilation_mark,
     compile_wanted,
 )
-from bids_gacelle.engine.objective import Objective
 
 from .helpers import draw, make_model, noisy
 
@@ -78,25 +75,3 @@ def test_compiled_equals_eager(data, monkeypatch):
         distance = np.abs(compiled.maps[name] - eager.maps[name]) / eager.std[name]
         assert distance.max() < 0.02
     np.testing.assert_array_equal(compiled.flags, eager.flags)
-
-
-def test_code_in_the_cache_makes_compiling_pay_sooner(monkeypatch, tmp_path):
-    model = make_model("nexi")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv(COMPILE_VARIABLE, "auto")
-    monkeypatch.setattr(shutil, "which", lambda name: "/somewhere/" + name)
-    kernel = Kernel(model, Objective(), torch.float32, CPU)
-    mark = compilation_mark(model, Objective(), torch.float32, CPU, "step")
-    fewer = model.compile_from // 2
-    assert not compile_wanted(model, fewer, CPU, mark)
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    assert kernel.compile("step", lambda x: x + 1)(torch.ones(1)) == 2
-    assert mark.exists()
-    assert compile_wanted(model, fewer, CPU, mark)
-    others = [
-        compilation_mark(make_model("nexi", l_max=2), Objective(), torch.float32, CPU, "step"),
-        compilation_mark(model, Objective(loss="huber"), torch.float32, CPU, "step"),
-        compilation_mark(model, Objective(), torch.float64, CPU, "step"),
-        compilation_mark(model, Objective(), torch.float32, CPU, "moments"),
-    ]
-    assert len({mark, *others}) == 5

@@ -1,5 +1,7 @@
 """Robust losses, weights and prior maps against scipy, closed forms and each other."""
 
+import json
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -153,3 +155,42 @@ def test_noise_from_repeats_is_the_pooled_deviation():
         sigma_from_repeats(data, np.arange(19))
     with pytest.raises(EngineError, match="19 measurements"):
         sigma_from_repeats(data, [0, 0])
+
+
+def test_a_common_factor_of_the_weights_changes_nothing():
+    model = make_model("nexi")
+    data = noisy(model, draw(model, 60, 11), 0.02, 12)
+    plain = fit(model, data, sigma=0.02, starts=1)
+    for factor in (1e-12, 1e-6, 1e6):
+        scaled = fit(model, data, sigma=0.02, starts=1, weights=np.full(15, factor))
+        moved = np.abs(plain.maps["fn"] - scaled.maps["fn"])
+        assert (moved < 0.02).mean() > 0.95, factor
+
+
+def test_voxels_with_fewer_measurements_than_parameters_are_unusable():
+    _, _, data = lines(6, 0.05, 13)
+    sigma = np.full((12, 6), 0.05)
+    sigma[1:, 2] = np.inf
+    weights = np.ones((12, 6))
+    weights[2:, 4] = 0
+    weights[1:, 5] = 0
+    result = fit(Line.of(TIMES), data, sigma=sigma, weights=weights)
+    assert (result.flags == [0, 0, 4, 0, 0, 4]).all()
+    told = fit(Line.of(TIMES), data, sigma=sigma, weights=weights, prior={"offset": (0, 1)})
+    assert (told.flags & 4 == 0).all()
+
+
+def test_settings_are_json_whatever_numbers_are_given():
+    _, _, data = lines(6, 0.05, 14)
+    result = fit(
+        Line.of(TIMES), data, seed=np.int64(3), block_size=np.int64(4), device=torch.device("cpu"),
+        options={"ftol": np.float64(1e-6)},
+    )  # fmt: skip
+    assert json.loads(json.dumps(result.settings))["seed"] == 3
+
+
+def test_masks_with_nan_leave_out():
+    _, _, data = lines(4, 0.05, 15)
+    masked = np.ma.array(np.ones(4), mask=[0, 0, 0, 1])
+    assert (fit(Line.of(TIMES), data, mask=[1, np.nan, 0, 1]).flags == [0, 1, 1, 0]).all()
+    assert (fit(Line.of(TIMES), data, mask=masked).flags == [0, 0, 0, 1]).all()

@@ -119,3 +119,12 @@ def test_averages_of_magnitudes_are_compared_with_their_mean():
         z = (corrected.maps[name] - value) / corrected.std[name]
         assert 0.92 < (np.abs(z) < 1.96).mean() < 0.975
     np.testing.assert_allclose(model.averages, n)
+
+
+def test_single_precision_holds_far_above_the_noise():
+    model = get_model("r2star")(GradientEchoScheme(echo_time=(2.2 + 3.07 * np.arange(12)) * 1e-3))
+    params = {"S0": torch.ones(60).double(), "R2star": torch.linspace(10, 60, 60).double()}
+    data = magnitudes(model.signal(params).numpy(), 0.02, np.random.default_rng(2))
+    for sigma in (1e-2, 1e-3, 1e-4):  # far too small, and so far above
+        plain, exact = (fit(model, data, sigma=sigma, noise=n) for n in ("gaussian", "rician"))
+        np.testing.assert_allclose(exact.maps["R2star"], plain.maps["R2star"], rtol=2e-2)

@@ -40,10 +40,13 @@ class Parameter:
     bounds
         Limits of the fit, in the parameter's unit.
     start
-        Box of the start dictionary, in the parameter's unit (unused for amplitudes, which are
+        Where tissue usually lies, in the parameter's unit: the box of the start dictionary, the
+        scale of steps and spatial weights, the origin of the prior (unused for amplitudes, which are
         projected, and for derived quantities). The prior and the solver's step sizes follow from
         it, also where `SignalModel.linear` parameters are projected and others searched for all
         over their bounds.
+    search
+        Range of the start dictionary where minima lie outside the start box; None: the box.
     prior
         Mean and standard deviation of the "weak" prior in the solver's coordinate. Left out, it is
         that of a uniform box with the centre and twice the width of the start box. None for
@@ -64,6 +67,7 @@ class Parameter:
     description: str
     bounds: tuple[float, float] = (-np.inf, np.inf)
     start: tuple[float, float] | None = None
+    search: tuple[float, float] | None = None
     prior: tuple[float, float] | None = None
     window: tuple[float, float] | None = None
     colormap: str = "viridis"

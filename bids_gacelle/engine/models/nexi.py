@@ -28,6 +28,7 @@ _FITTED = (
         "Intra-neurite axial diffusivity",
         bounds=(0.1, 3.5),
         start=(1.5, 3.0),
+        search=(0.1, 3.0),  # a second minimum has neurites slower than their surroundings
         window=(0.0, 3.0),
     ),
     Parameter(

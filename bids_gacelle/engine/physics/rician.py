@@ -48,9 +48,11 @@ def likelihood(signal: Tensor, data: Tensor, variance: Tensor) -> Likelihood:
     ratio = torch.special.i1e(z) / i0
     # exp-scaled Bessel functions: log I0(z) = z + log i0e(z), and z completes the square.
     cost = 0.5 * (size - magnitude) ** 2 - variance * torch.log(i0)
-    # I1/I0 over z tends to 1/2 where both vanish.
+    # I1/I0 over z tends to 1/2 where both vanish; far out the difference cancels, and its
+    # expansion 1 / 2 z^2 is exact to rounding.
     over_z = torch.where(z < 1e-4, 0.5, ratio / z.clamp_min(1e-4))
-    curvature = 1 - magnitude**2 / variance * (1 - ratio**2 - over_z)
+    tail = torch.where(z < 1e3, 1 - ratio**2 - over_z, 0.5 / z.clamp_min(1e3) ** 2)
+    curvature = 1 - magnitude**2 / variance * tail
     return Likelihood(cost, sign * (size - magnitude * ratio), curvature.clamp_min(0.1))
 
 

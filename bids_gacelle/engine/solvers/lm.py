@@ -24,6 +24,7 @@ from bids_gacelle.engine.solvers.base import (
     Solver,
     best_of_starts,
     default_lanes,
+    within,
 )
 from bids_gacelle.engine.solvers.lanes import Lanes
 from bids_gacelle.engine.starts import build_dictionary, find_starts
@@ -63,9 +64,9 @@ class LmSettings(Settings):
         amplitude: of its value).
     """
 
-    max_evaluations: int = 50
-    ftol: float = 1e-5
-    xtol: float = 1e-4
+    max_evaluations: int = within("[1, inf)", 50)
+    ftol: float = within("[0, 1)", 1e-5)
+    xtol: float = within("[0, 1)", 1e-4)
 
 
 def solve(problem: Problem, most_evaluations: int | None = None) -> Solution:
@@ -150,7 +151,7 @@ class LmStep:
         self.settings = settings
         # In single precision a smaller damping is lost in the rounding of the diagonal.
         self.least_damping = 1e-6 if kernel.dtype == torch.float32 else 1e-12
-        # Costs below this are rounding errors of data that are normalised to about one.
+        # Costs below this share of the weighted squared data are rounding errors.
         self.noise_floor = torch.finfo(kernel.dtype).eps ** 2
         self.lower, self.upper, self.width = (
             column[:, 0].tolist() for column in (kernel.lower, kernel.upper, kernel.width)
@@ -182,7 +183,7 @@ class LmStep:
         small_step = all_of(
             [(s / w).abs() < settings.xtol for s, w in zip(step, scale, strict=True)]
         )
-        limit = settings.ftol * state.cost + self.noise_floor * voxels.data.shape[0]
+        limit = settings.ftol * state.cost + self.noise_floor * _power(voxels)
         small_gain = (predicted <= limit) & (actual.abs() <= limit)
         converged = state.running & ~fresh & (small_step | small_gain)
 
@@ -308,6 +309,12 @@ def sum_of(terms: list[Tensor]) -> Tensor:
 def all_of(terms: list[Tensor]) -> Tensor:
     """Return the elementwise conjunction of tensors."""
     return functools.reduce(torch.logical_and, terms)
+
+
+def _power(voxels: Voxels) -> Tensor:
+    """Return the weighted sum of the squared data of each lane."""
+    weight, square = voxels.loss_weight(), voxels.data**2
+    return (square if weight is None else square * weight).sum(0)
 
 
 def get_step(kernel: Kernel, settings: LmSettings) -> Callable[..., tuple[Tensor, ...]]:
