@@ -139,6 +139,8 @@ class Term(ABC):
 
     Attributes
     ----------
+    label
+        What errors call it.
     parameters
         Indices of its parameters in the model.
     scale
@@ -152,10 +154,11 @@ class Term(ABC):
     obstacle = ""
 
     def __init__(
-        self, kernel: Kernel, names: Sequence[str], weight: float, convention: str
+        self, kernel: Kernel, names: Sequence[str], weight: float, convention: str, title: str
     ) -> None:
         order = kernel.model.parameter_names
         self.names = tuple(names)
+        self.label = f"{title} of {', '.join(names)}"
         self.parameters = tuple(order.index(name) for name in names)
         self.weight = weight
         self._rows = torch.tensor(self.parameters, device=kernel.device)
@@ -179,8 +182,20 @@ class Term(ABC):
         return torch.where(self._logs, u.exp(), u) if self._curved else u
 
     def value(self, x: Tensor) -> Tensor:
-        """Return weight x R at solver coordinates (P, voxels), 0-d in double precision."""
-        return self.weight * self.roughness(self.units(x))
+        """Return weight x R at solver coordinates (P, voxels), 0-d in double precision.
+
+        Raises
+        ------
+        EngineError
+            It is no finite number.
+        """
+        value = self.weight * self.roughness(self.units(x))
+        if not value.isfinite():
+            raise EngineError(
+                f"The regulariser {self.label} became {float(value)}: it must be a finite number "
+                "wherever the bounds of the parameters allow."
+            )
+        return value
 
     def gradient(self, x: Tensor) -> Tensor:
         """Return a (sub)gradient of `value`, (P, voxels)."""
@@ -211,7 +226,7 @@ class _Variation(Term):
     def __init__(
         self, kernel: Kernel, names: Sequence[str], graph: Graph, spec: TV | MeshTV, weight: float
     ) -> None:
-        super().__init__(kernel, names, weight, spec.convention)
+        super().__init__(kernel, names, weight, spec.convention, type(spec).__name__)
         self._graph = graph
         grouped = [-2] if isinstance(spec, TV) and spec.is_isotropic else []
         self._groups = grouped + ([-3] if spec.joint else [])
@@ -269,7 +284,7 @@ class _Curvature(Term):
     """TGV2: min over fields w of sum |D u - w| + ratio sum |E w| (Bredies et al. 2010)."""
 
     def __init__(self, kernel: Kernel, name: str, graphs: list[Graph], spec: TGV2) -> None:
-        super().__init__(kernel, (name,), spec.weight, "scaled")
+        super().__init__(kernel, (name,), spec.weight, "scaled", "TGV2")
         self._first, *self._second = graphs
         self._there = (self._first.weight > 0).to(kernel.dtype)
         self._ratio = spec.ratio
@@ -352,7 +367,7 @@ class _Distance(Term):
     """Sum of |u - centre| x precision."""
 
     def __init__(self, kernel: Kernel, spec: MapPrior, geometry: Geometry, weight: float) -> None:
-        super().__init__(kernel, (spec.parameter,), weight, spec.convention)
+        super().__init__(kernel, (spec.parameter,), weight, spec.convention, "MapPrior")
         mean, sd = (
             a.reshape(-1)[geometry.index] if a.ndim else np.full(len(geometry.index), a)
             for a in (np.asarray(spec.mean, float), np.asarray(spec.sd, float))
@@ -374,12 +389,24 @@ class _Distance(Term):
         return self._centre + offset.sign() * (offset.abs() - threshold).clamp_min(0.0)
 
 
+class _Maps(dict[str, Tensor]):
+    """Maps by name, which say what there is when asked for another."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise EngineError(
+            f"The function of a Custom regulariser asks for the map {name!r}; there are "
+            f"{', '.join(self)}."
+        )
+
+
 class _Function(Term):
     """A function of the user, differentiated by autograd."""
 
     def __init__(self, kernel: Kernel, spec: Custom, geometry: Geometry) -> None:
         names = kernel.model.parameter_names
-        super().__init__(kernel, names, spec.weight, "none")
+        super().__init__(kernel, names, spec.weight, "none", "Custom")
+        name = getattr(spec.function, "__name__", type(spec.function).__name__)
+        self.label = f"Custom({name})"
         self.obstacle = "nothing is known of the function but its gradient"
         self._kernel, self._function, self._grid = kernel, spec.function, geometry.grid
         self._index = torch.as_tensor(geometry.index, device=kernel.device)
@@ -388,19 +415,32 @@ class _Function(Term):
         self._mask = mask.reshape(geometry.grid)
 
     def roughness(self, u: Tensor) -> Tensor:
-        maps = {}
+        maps = _Maps()
         for name, values in self._kernel.parameters(u).items():
             empty = torch.zeros(self._mask.numel(), dtype=u.dtype, device=u.device)
             maps[name] = empty.index_put((self._index,), values).reshape(self._grid)
         value = self._function(maps, self._mask)
         if not isinstance(value, Tensor) or value.ndim:
-            raise EngineError("The function of a Custom regulariser must return a 0-d tensor.")
+            raise EngineError(f"The function of {self.label} must return a 0-d tensor.")
         return value.double()
 
     def slope(self, u: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = u.detach().requires_grad_(True)
-            (slope,) = torch.autograd.grad(self.roughness(leaf), leaf)
+            value = self.roughness(leaf)
+            slope = None
+            if value.requires_grad:
+                (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        if slope is None:
+            raise EngineError(
+                f"The value of {self.label} does not depend on the maps by operations of torch: "
+                "calculate it from the tensors that the function gets."
+            )
+        if not slope.isfinite().all():
+            raise EngineError(
+                f"The gradient of {self.label} is not finite: keep roots and quotients away from "
+                "0, for example by adding a small number under the root."
+            )
         return slope
 
     def prox(self, u: Tensor, step: float, iterations: int) -> Tensor:
