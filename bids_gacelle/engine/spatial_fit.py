@@ -21,6 +21,7 @@ from bids_gacelle.engine.regularise import (
     Geometry,
     Regulariser,
     Term,
+    as_regularisers,
     check_regularisers,
     check_voxel_size,
 )
@@ -136,7 +137,7 @@ class SpatialPlan:
 
 
 def plan_spatial(
-    regularise: Sequence[Regulariser],
+    regularise: Sequence[Regulariser] | Regulariser | None,
     voxel_size: Sequence[float] | None,
     model: SignalModel,
     grid: tuple[int, ...],
@@ -151,8 +152,9 @@ def plan_spatial(
     """
     if voxel_size is not None:
         check_voxel_size(voxel_size, grid)
-    convention = check_regularisers(regularise, model, grid)
-    active = tuple(r for r in regularise if r.weight > 0)  # type: ignore[attr-defined]
+    terms = as_regularisers(regularise)
+    convention = check_regularisers(terms, model, grid)
+    active = tuple(r for r in terms if r.weight > 0)  # type: ignore[attr-defined]
     if not active:
         return None
     if solver.settings is Settings:
