@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ CONVENTIONS = ("scaled", "gacelle")
 _AXES = {"2d": 2, "3d": 3}
 # Steps towards the best vector field of TGV whenever its value or gradient is asked for.
 _TGV_STEPS = 50
+# Shape of the neighbours of a mesh, for errors.
+_TABLE = "(vertices, most neighbours)"
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ class Term(ABC):
 
     Attributes
     ----------
+    label
+        What errors call it.
     parameters
         Indices of its parameters in the model.
     scale
@@ -152,10 +156,11 @@ class Term(ABC):
     obstacle = ""
 
     def __init__(
-        self, kernel: Kernel, names: Sequence[str], weight: float, convention: str
+        self, kernel: Kernel, names: Sequence[str], weight: float, convention: str, title: str
     ) -> None:
         order = kernel.model.parameter_names
         self.names = tuple(names)
+        self.label = f"{title} of {', '.join(names)}"
         self.parameters = tuple(order.index(name) for name in names)
         self.weight = weight
         self._rows = torch.tensor(self.parameters, device=kernel.device)
@@ -179,8 +184,20 @@ class Term(ABC):
         return torch.where(self._logs, u.exp(), u) if self._curved else u
 
     def value(self, x: Tensor) -> Tensor:
-        """Return weight x R at solver coordinates (P, voxels), 0-d in double precision."""
-        return self.weight * self.roughness(self.units(x))
+        """Return weight x R at solver coordinates (P, voxels), 0-d in double precision.
+
+        Raises
+        ------
+        EngineError
+            It is no finite number.
+        """
+        value = self.weight * self.roughness(self.units(x))
+        if not value.isfinite():
+            raise EngineError(
+                f"The regulariser {self.label} became {float(value)}: it must be a finite number "
+                "wherever the bounds of the parameters allow."
+            )
+        return value
 
     def gradient(self, x: Tensor) -> Tensor:
         """Return a (sub)gradient of `value`, (P, voxels)."""
@@ -211,7 +228,7 @@ class _Variation(Term):
     def __init__(
         self, kernel: Kernel, names: Sequence[str], graph: Graph, spec: TV | MeshTV, weight: float
     ) -> None:
-        super().__init__(kernel, names, weight, spec.convention)
+        super().__init__(kernel, names, weight, spec.convention, type(spec).__name__)
         self._graph = graph
         grouped = [-2] if isinstance(spec, TV) and spec.is_isotropic else []
         self._groups = grouped + ([-3] if spec.joint else [])
@@ -269,7 +286,7 @@ class _Curvature(Term):
     """TGV2: min over fields w of sum |D u - w| + ratio sum |E w| (Bredies et al. 2010)."""
 
     def __init__(self, kernel: Kernel, name: str, graphs: list[Graph], spec: TGV2) -> None:
-        super().__init__(kernel, (name,), spec.weight, "scaled")
+        super().__init__(kernel, (name,), spec.weight, "scaled", "TGV2")
         self._first, *self._second = graphs
         self._there = (self._first.weight > 0).to(kernel.dtype)
         self._ratio = spec.ratio
@@ -352,7 +369,7 @@ class _Distance(Term):
     """Sum of |u - centre| x precision."""
 
     def __init__(self, kernel: Kernel, spec: MapPrior, geometry: Geometry, weight: float) -> None:
-        super().__init__(kernel, (spec.parameter,), weight, spec.convention)
+        super().__init__(kernel, (spec.parameter,), weight, spec.convention, "MapPrior")
         mean, sd = (
             a.reshape(-1)[geometry.index] if a.ndim else np.full(len(geometry.index), a)
             for a in (np.asarray(spec.mean, float), np.asarray(spec.sd, float))
@@ -374,12 +391,24 @@ class _Distance(Term):
         return self._centre + offset.sign() * (offset.abs() - threshold).clamp_min(0.0)
 
 
+class _Maps(dict[str, Tensor]):
+    """Maps by name, which say what there is when asked for another."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise EngineError(
+            f"The function of a Custom regulariser asks for the map {name!r}; there are "
+            f"{', '.join(self)}."
+        )
+
+
 class _Function(Term):
     """A function of the user, differentiated by autograd."""
 
     def __init__(self, kernel: Kernel, spec: Custom, geometry: Geometry) -> None:
         names = kernel.model.parameter_names
-        super().__init__(kernel, names, spec.weight, "none")
+        super().__init__(kernel, names, spec.weight, "none", "Custom")
+        name = getattr(spec.function, "__name__", type(spec.function).__name__)
+        self.label = f"Custom({name})"
         self.obstacle = "nothing is known of the function but its gradient"
         self._kernel, self._function, self._grid = kernel, spec.function, geometry.grid
         self._index = torch.as_tensor(geometry.index, device=kernel.device)
@@ -388,19 +417,32 @@ class _Function(Term):
         self._mask = mask.reshape(geometry.grid)
 
     def roughness(self, u: Tensor) -> Tensor:
-        maps = {}
+        maps = _Maps()
         for name, values in self._kernel.parameters(u).items():
             empty = torch.zeros(self._mask.numel(), dtype=u.dtype, device=u.device)
             maps[name] = empty.index_put((self._index,), values).reshape(self._grid)
         value = self._function(maps, self._mask)
         if not isinstance(value, Tensor) or value.ndim:
-            raise EngineError("The function of a Custom regulariser must return a 0-d tensor.")
+            raise EngineError(f"The function of {self.label} must return a 0-d tensor.")
         return value.double()
 
     def slope(self, u: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = u.detach().requires_grad_(True)
-            (slope,) = torch.autograd.grad(self.roughness(leaf), leaf)
+            value = self.roughness(leaf)
+            slope = None
+            if value.requires_grad:
+                (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        if slope is None:
+            raise EngineError(
+                f"The value of {self.label} does not depend on the maps by operations of torch: "
+                "calculate it from the tensors that the function gets."
+            )
+        if not slope.isfinite().all():
+            raise EngineError(
+                f"The gradient of {self.label} is not finite: keep roots and quotients away from "
+                "0, for example by adding a small number under the root."
+            )
         return slope
 
     def prox(self, u: Tensor, step: float, iterations: int) -> Tensor:
@@ -522,12 +564,12 @@ class TV(Regulariser):
         return {
             "term": "TV",
             "parameters": list(self.names),
-            "weight": self.weight,
+            "weight": float(self.weight),
             "mode": self.mode,
-            "isotropic": self.is_isotropic,
+            "isotropic": bool(self.is_isotropic),
             "voxel_size": size,
-            "huber": self.huber,
-            "joint": self.joint,
+            "huber": None if self.huber is None else float(self.huber),
+            "joint": bool(self.joint),
             "convention": self.convention,
         }
 
@@ -594,9 +636,9 @@ class TGV2(Regulariser):
         return {
             "term": "TGV2",
             "parameters": list(self.names),
-            "weight": self.weight,
+            "weight": float(self.weight),
             "mode": self.mode,
-            "ratio": self.ratio,
+            "ratio": float(self.ratio),
             "voxel_size": size,
         }
 
@@ -648,13 +690,27 @@ class MeshTV(Regulariser):
         given = [a for a in (self.edges, self.neighbours, self.triangles) if a is not None]
         if len(given) != 1:
             raise EngineError("MeshTV needs one of edges, neighbours and triangles.")
+        self._check_arrays()
         if self.lengths is not None and (
-            self.triangles is not None or np.shape(self.lengths) != self._length_shape()
+            self.triangles is not None
+            or _floats("lengths of MeshTV", self.lengths).shape != self._length_shape()
         ):
             raise EngineError(
                 "The lengths of MeshTV must be one for each edge or neighbour; "
                 "for triangles give positions."
             )
+
+    def _check_arrays(self) -> None:
+        if self.edges is not None:
+            _check_vertices("edges", self.edges, 2)
+        elif self.triangles is not None:
+            _check_vertices("triangles", self.triangles, 3)
+        elif self.neighbours is not None:
+            _check_vertices("neighbours", self.neighbours, None)
+        if self.positions is not None:
+            shape = _floats("positions of MeshTV", self.positions).shape
+            if len(shape) != 2 or shape[1] != 3:
+                raise EngineError(_wrong_shape("positions", shape, "(vertices, 3)"))
 
     def _length_shape(self) -> tuple[int, ...]:
         if self.edges is not None:
@@ -669,12 +725,24 @@ class MeshTV(Regulariser):
     def check(self, model: SignalModel, grid: tuple[int, ...]) -> None:
         """Raise an EngineError when it does not suit the model or the vertices."""
         super().check(model, grid)
-        pairs, length = self._pairs()
-        if len(grid) != 1 or (len(pairs) and pairs.max() >= grid[0]):
+        if len(grid) != 1:
             raise EngineError(
-                f"MeshTV has vertices up to number {pairs.max(initial=0)}, but the data have the "
-                f"grid {grid} instead of (vertices,)."
+                f"MeshTV needs data of (measurements, vertices), but theirs have the grid {grid}."
             )
+        for name, rows in (("neighbours", self.neighbours), ("positions", self.positions)):
+            if rows is not None and len(np.asarray(rows)) != grid[0]:
+                raise EngineError(
+                    f"The {name} of MeshTV have {len(np.asarray(rows))} rows, but the data have "
+                    f"{grid[0]} vertices: give one row for each."
+                )
+        given = (self.edges, self.neighbours, self.triangles)
+        (vertices,) = [np.asarray(a) for a in given if a is not None]
+        if vertices.max(initial=-1) >= grid[0]:
+            raise EngineError(
+                f"MeshTV has vertices up to number {vertices.max()}, but the data have the "
+                f"grid {grid}: number the vertices from 0."
+            )
+        _, length = self._pairs()
         if not (np.isfinite(length) & (length > 0)).all():
             raise EngineError("An edge of MeshTV has a length that is not a positive number.")
 
@@ -687,7 +755,7 @@ class MeshTV(Regulariser):
             own = np.broadcast_to(np.arange(len(table))[:, None], table.shape)
             pairs = np.stack([own.ravel(), table.ravel()], 1)
         else:
-            corners = np.asarray(self.triangles, np.intp)
+            corners = np.asarray(self.triangles, np.intp).reshape(-1, 3)
             pairs = np.concatenate([corners[:, [0, 1]], corners[:, [1, 2]], corners[:, [2, 0]]])
         length = np.ones(len(pairs))
         if self.lengths is not None:
@@ -726,11 +794,11 @@ class MeshTV(Regulariser):
         return {
             "term": "MeshTV",
             "parameters": list(self.names),
-            "weight": self.weight,
+            "weight": float(self.weight),
             "edges": len(pairs),
             "lengths": self.lengths is not None or self.positions is not None,
-            "huber": self.huber,
-            "joint": self.joint,
+            "huber": None if self.huber is None else float(self.huber),
+            "joint": bool(self.joint),
             "convention": self.convention,
         }
 
@@ -769,11 +837,13 @@ class MapPrior(Regulariser):
             One cannot be used.
         """
         _check_common(self, self.weight, self.convention, None)
+        for name in ("mean", "sd"):
+            _floats(f"{name} of MapPrior", getattr(self, name))
 
     @property
     def names(self) -> tuple[str, ...]:
         """Name of the parameter."""
-        return (self.parameter,)
+        return _names(self.parameter)
 
     def check(self, model: SignalModel, grid: tuple[int, ...]) -> None:
         """Raise an EngineError when it does not suit the model or the grid."""
@@ -799,7 +869,7 @@ class MapPrior(Regulariser):
         return {
             "term": "MapPrior",
             "parameters": list(self.names),
-            "weight": self.weight,
+            "weight": float(self.weight),
             "mean": "map" if np.ndim(self.mean) else float(np.asarray(self.mean)),
             "sd": "map" if np.ndim(self.sd) else float(np.asarray(self.sd)),
             "convention": self.convention,
@@ -829,14 +899,16 @@ class Custom(Regulariser):
     convention = "none"
 
     def __post_init__(self) -> None:
-        """Check the weight.
+        """Check the function and the weight.
 
         Raises
         ------
         EngineError
-            It cannot be used.
+            One cannot be used.
         """
         _check_weight("Custom", self.weight)
+        if not callable(self.function):
+            raise EngineError(f"Custom needs a function of maps and mask, got {self.function!r}.")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -850,7 +922,31 @@ class Custom(Regulariser):
     def describe(self) -> dict[str, Any]:
         """Return it as plain data."""
         name = getattr(self.function, "__name__", type(self.function).__name__)
-        return {"term": "Custom", "function": name, "weight": self.weight}
+        return {"term": "Custom", "function": name, "weight": float(self.weight)}
+
+
+def as_regularisers(
+    regularise: Sequence[Regulariser] | Regulariser | None,
+) -> tuple[Regulariser, ...]:
+    """Return what the user gives as terms: a list, a single one or None.
+
+    Raises
+    ------
+    EngineError
+        It holds something else.
+    """
+    if regularise is None:
+        return ()
+    if isinstance(regularise, Regulariser):
+        return (regularise,)
+    listed = isinstance(regularise, Iterable) and not isinstance(regularise, str | Mapping)
+    terms: tuple[Any, ...] = tuple(regularise) if listed else (regularise,)
+    for term in terms:
+        if not isinstance(term, Regulariser):
+            raise EngineError(
+                f"regularise must be a list of TV, TGV2, MeshTV, MapPrior or Custom, got {term!r}."
+            )
+    return terms
 
 
 def check_regularisers(
@@ -863,12 +959,7 @@ def check_regularisers(
     EngineError
         One does not suit, or they follow different conventions.
     """
-    for regulariser in regularisers:
-        if not isinstance(regulariser, Regulariser):
-            raise EngineError(
-                f"regularise must be a list of TV, TGV2, MeshTV, MapPrior or Custom, got "
-                f"{regulariser!r}."
-            )
+    for regulariser in as_regularisers(regularisers):
         regulariser.check(model, grid)
     conventions = {r.convention for r in regularisers} - {"none"}
     if len(conventions) > 1:
@@ -889,12 +980,58 @@ def grid_edges(geometry: Geometry, axes: int) -> NDArray[np.intp]:
 
 
 def _names(parameters: Sequence[str]) -> tuple[str, ...]:
-    return (parameters,) if isinstance(parameters, str) else tuple(parameters)
+    if isinstance(parameters, str):
+        return (parameters,)
+    if not isinstance(parameters, Iterable) or not all(isinstance(n, str) for n in parameters):
+        raise EngineError(f"A regulariser takes names of parameters, got {parameters!r}.")
+    return tuple(parameters)
+
+
+def _floats(what: str, values: ArrayLike) -> NDArray[np.float64]:
+    try:
+        return np.asarray(values, float)
+    except (TypeError, ValueError) as error:
+        raise EngineError(f"The {what} must be numbers, got {values!r}.") from error
+
+
+def _wrong_shape(name: str, shape: tuple[int, ...], wanted: str) -> str:
+    """Return what to say of an array of MeshTV."""
+    columns = int(wanted[-2]) if wanted[-2].isdigit() else None
+    transposed = len(shape) == 2 and shape[0] == columns
+    hint = ": transpose them" if transposed else ""
+    return f"The {name} of MeshTV have the shape {shape} instead of {wanted}{hint}."
+
+
+def _check_vertices(name: str, values: ArrayLike, columns: int | None) -> None:
+    """Check a table of vertex numbers; without a number of columns, negative ones are padding."""
+    try:
+        table = np.asarray(values)
+    except ValueError as error:
+        raise EngineError(f"The {name} of MeshTV have rows of different lengths.") from error
+    if columns and not table.size:
+        return
+    if table.ndim != 2 or (columns and table.shape[1] != columns):
+        raise EngineError(
+            _wrong_shape(name, table.shape, f"({name}, {columns})" if columns else _TABLE)
+        )
+    if table.dtype.kind not in "iu":
+        raise EngineError(
+            f"The {name} of MeshTV are of type {table.dtype}; vertex numbers must be integers."
+        )
+    if columns and table.min() < 0:
+        raise EngineError(
+            f"The {name} of MeshTV hold the vertex number {table.min()}: number the vertices "
+            "from 0, and leave out what is none."
+        )
+
+
+def _is_number(value: object) -> bool:
+    kinds = int | float | np.integer | np.floating
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_weight(what: str, weight: object) -> None:
-    number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
-    if not number or not (math.isfinite(weight) and weight >= 0):  # type: ignore[arg-type, operator]
+    if not _is_number(weight) or not weight >= 0:  # type: ignore[operator]
         raise EngineError(f"The weight of {what} is {weight!r}; it must be a number from 0 up.")
 
 
@@ -907,9 +1044,9 @@ def _check_common(
         raise EngineError(
             f"The convention of {what} is {convention!r}; it must be 'scaled' or 'gacelle'."
         )
-    if positive is not None and not positive > 0:
+    if positive is not None and not (_is_number(positive) and positive > 0):
         field = "ratio" if isinstance(spec, TGV2) else "huber"
-        raise EngineError(f"The {field} of {what} is {positive!r}; it must be positive.")
+        raise EngineError(f"The {field} of {what} is {positive!r}; it must be a positive number.")
     names = spec.names
     if not names or len(set(names)) < len(names):
         raise EngineError(f"{what} names no parameter, or one twice.")
@@ -938,10 +1075,13 @@ def _distances(
 
 def check_voxel_size(size: Sequence[float], grid: tuple[int, ...]) -> None:
     """Raise an EngineError unless there is a positive number for each axis of the grid."""
-    array = np.asarray(size, float)
+    try:
+        array = np.asarray(size, float)
+    except (TypeError, ValueError):
+        array = np.empty(0)
     if array.shape != (len(grid),) or not (np.isfinite(array) & (array > 0)).all():
         raise EngineError(
-            f"voxel_size is {tuple(size)}; it must be a positive number for each of the "
+            f"voxel_size is {size!r}; it must be a positive number for each of the "
             f"{len(grid)} axes of the grid."
         )
 

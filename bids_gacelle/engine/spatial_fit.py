@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,7 @@ from bids_gacelle.engine.regularise import (
     Geometry,
     Regulariser,
     Term,
+    as_regularisers,
     check_regularisers,
     check_voxel_size,
 )
@@ -135,7 +137,7 @@ class SpatialPlan:
 
 
 def plan_spatial(
-    regularise: Sequence[Regulariser],
+    regularise: Sequence[Regulariser] | Regulariser | None,
     voxel_size: Sequence[float] | None,
     model: SignalModel,
     grid: tuple[int, ...],
@@ -150,8 +152,9 @@ def plan_spatial(
     """
     if voxel_size is not None:
         check_voxel_size(voxel_size, grid)
-    convention = check_regularisers(regularise, model, grid)
-    active = tuple(r for r in regularise if r.weight > 0)  # type: ignore[attr-defined]
+    terms = as_regularisers(regularise)
+    convention = check_regularisers(terms, model, grid)
+    active = tuple(r for r in terms if r.weight > 0)  # type: ignore[attr-defined]
     if not active:
         return None
     if solver.settings is Settings:
@@ -241,7 +244,8 @@ class _SpatialFit:
         else:
             position, told, objective = self._by_gradients(position, unit, terms)
             pull = None
-        self._store(maps, start, position, pull, unit)
+        self._check_end(told, objective)
+        self._store(maps, start, position, pull, unit, bool(told["converged"]))
         return {"spatial": told, "objective": objective}
 
     # ------------------------------------------------------------------ start and data
@@ -388,6 +392,23 @@ class _SpatialFit:
         told = {"iterations": len(whole.trace), "converged": whole.converged}
         return whole.position(settings.output), told, whole.trace
 
+    def _check_end(self, told: dict[str, Any], objective: list[float]) -> None:
+        """Refuse an objective that is no number, and warn of one that was still falling."""
+        if not math.isfinite(objective[-1]):
+            raise EngineError(
+                f"The objective of the fit with spatial terms became {objective[-1]} after "
+                f"{told['iterations']} iterations, because the model or its loss did: exclude "
+                "such voxels by the mask, or narrow the bounds of the model."
+            )
+        if not told["converged"]:
+            by_admm = isinstance(self.fitter.settings, AdmmSettings)
+            logger.warning(
+                "The fit with spatial terms has not converged after %d iterations, and all its "
+                "voxels are flagged as not converged: raise the option %r.",
+                told["iterations"],
+                "spatial_iterations" if by_admm else "iterations",
+            )
+
     def _look(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return costs (voxels,) and second derivatives (parameters, voxels) at a position."""
         costs, curvatures = [], []
@@ -406,9 +427,15 @@ class _SpatialFit:
     # ------------------------------------------------------------------ results
 
     def _store(
-        self, maps: Maps, start: _Start, position: Tensor, pull: Pull | None, unit: Tensor
+        self,
+        maps: Maps,
+        start: _Start,
+        position: Tensor,
+        pull: Pull | None,
+        unit: Tensor,
+        settled: bool,
     ) -> None:
-        """Fit all voxels to the end, assess and store them."""
+        """Fit all voxels to the end, assess and store them; unsettled ones are flagged."""
         self._store_unusable(maps, start)
         assessor, exact_kernel = self.fitter.assessor, self.fitter.exact
         for k, (block, exact) in enumerate(self._exact(self.parts)):
@@ -418,6 +445,9 @@ class _SpatialFit:
                 own = self.fitter.problem(self.kernel, exact).voxels
             own = own.map(lambda t: t.to(self.device, non_blocking=True))
             solution = self._solution(start, k, own, position, pull, unit)
+            if not settled:
+                unsettled = torch.zeros_like(solution.converged)
+                solution = replace(solution, converged=unsettled)
             out = BlockMaps(self.fitter.model, exact.data.shape[-1], self.device)
             for piece, ended, verdict in assessor.assess(exact, solution, block.shared):
                 out.store(piece, block.scale[piece], exact_kernel, ended, verdict)

@@ -21,6 +21,7 @@ from bids_gacelle.engine import (
     spatial_fit,
 )
 from bids_gacelle.engine.kernels import COMPILE_VARIABLE
+from bids_gacelle.engine.result import FLAG_NOT_CONVERGED, FLAG_UNUSABLE
 
 from .helpers import Line, draw, make_model, noisy
 
@@ -408,7 +409,10 @@ def test_no_usable_voxel_is_no_error():
 def test_what_is_refused():
     data, sigma = line_data((5, 4), 14)
     for arguments, message in (
-        ({"regularise": [Custom(lambda maps, mask: maps["offset"].sum())]}, "Use solver 'adam'"),
+        (
+            {"regularise": [Custom(lambda maps, mask: maps["offset"].sum())]},
+            "with Custom.*Use solver 'adam'",
+        ),
         (
             {"regularise": [TV(["factor"], 1.0, convention="gacelle")], "voxel_size": (1, 1)},
             "log scale",
@@ -439,3 +443,41 @@ def test_compiled_equals_eager(monkeypatch):
     for name in ("S0", "R2star"):
         distance = np.abs(compiled.maps[name] - eager.maps[name]) / eager.std[name]
         assert distance.max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("solver", "option"), [("lm", "spatial_iterations"), ("adam", "iterations")]
+)
+def test_all_voxels_are_flagged_when_the_volume_has_not_converged(solver, option, caplog):
+    data, sigma = line_data((5, 4), 15)
+    data[:, 0, 0] = np.nan
+    arguments = {"sigma": sigma, "solver": solver, "regularise": [TV(["offset"], 2.0, huber=0.1)]}
+    early = fit(LINE, data, options={option: 2}, **arguments)
+    assert not early.settings["regularise"]["converged"]
+    assert early.flags[0, 0] == FLAG_UNUSABLE
+    assert (early.flags.ravel()[1:] & FLAG_NOT_CONVERGED).all()
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert repr(option) in record.getMessage()
+    caplog.clear()
+    ended = fit(LINE, data, **arguments)
+    assert ended.settings["regularise"]["converged"]
+    assert not (ended.flags & FLAG_NOT_CONVERGED).any()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda maps, mask: (maps["offset"] * torch.nan).sum(), r"Custom\(.*became nan"),
+        (lambda maps, mask: maps["offset"].exp().sum() * torch.inf, r"Custom\(.*became inf"),
+        (lambda maps, mask: (0 * maps["offset"]).square().sum().sqrt(), "gradient of Custom"),
+        (lambda maps, mask: torch.ones(()), "does not depend on the maps"),
+        (lambda maps, mask: maps["offset"].detach().sum(), "does not depend on the maps"),
+        (lambda maps, mask: maps["fn"].sum(), "map 'fn'; there are offset, factor"),
+        (lambda maps, mask: maps["offset"], "0-d tensor"),
+    ],
+)
+def test_functions_that_are_refused(function, message):
+    data, sigma = line_data((5, 4), 15)
+    with pytest.raises(EngineError, match=message):
+        fit(LINE, data, sigma=sigma, solver="adam", regularise=[Custom(function)])

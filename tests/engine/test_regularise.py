@@ -1,5 +1,7 @@
 """Spatial terms against independent solvers, closed forms and brute force."""
 
+import json
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -8,7 +10,14 @@ import torch
 from bids_gacelle.engine import TGV2, TV, Custom, EngineError, MapPrior, MeshTV
 from bids_gacelle.engine.kernels import Kernel
 from bids_gacelle.engine.objective import Objective
-from bids_gacelle.engine.regularise import Geometry, Graph, check_regularisers, grid_edges
+from bids_gacelle.engine.regularise import (
+    Geometry,
+    Graph,
+    as_regularisers,
+    check_regularisers,
+    check_voxel_size,
+    grid_edges,
+)
 
 from .helpers import Line, make_model, read
 
@@ -372,6 +381,13 @@ def test_what_is_refused():
         (lambda: TV(["offset"], 1.0, "4d"), "mode of TV"),
         (lambda: TV([], 1.0), "names no parameter"),
         (lambda: TV(["offset"], 1.0, huber=0.0), "huber of TV"),
+        (lambda: TV(["offset"], 1.0, huber="a"), "huber of TV is 'a'"),
+        (lambda: TGV2(["offset"], 1.0, ratio="b"), "ratio of TGV2 is 'b'"),
+        (lambda: TV(["offset"], 1j), "weight of TV"),
+        (lambda: TV([1], 1.0), "names of parameters"),
+        (lambda: MapPrior("offset", "a", 1), "mean of MapPrior must be numbers"),
+        (lambda: MapPrior("offset", 1, "b"), "sd of MapPrior must be numbers"),
+        (lambda: Custom("a"), "needs a function"),
         (lambda: TV(["offset"], 1.0, joint=True, convention="gacelle"), "anisotropic"),
         (lambda: TV(["offset"], 1.0, convention="mine"), "convention"),
         (lambda: MeshTV(["offset"], 1.0), "needs one of"),
@@ -387,7 +403,9 @@ def test_what_is_refused():
             "grid",
         ),
         (lambda: check_regularisers([MapPrior("offset", np.ones(3), 1.0)], LINE, grid), "shape"),
-        (lambda: check_regularisers(["TV"], LINE, grid), "must be a list"),
+        (lambda: check_regularisers(["TV"], LINE, grid), "must be a list.*'TV'"),
+        (lambda: as_regularisers("TV"), "must be a list.*'TV'"),
+        (lambda: as_regularisers(3), "must be a list.*3"),
         (
             lambda: check_regularisers(
                 [TV(["offset"], 1.0), TV(["factor"], 1.0, convention="gacelle")], LINE, grid
@@ -397,3 +415,82 @@ def test_what_is_refused():
     ):
         with pytest.raises(EngineError, match=message):
             make()
+
+
+EDGES = np.array([[0, 1], [1, 2], [2, 3], [3, 4]])
+TRIANGLES = np.array([[0, 1, 2], [1, 2, 3], [2, 3, 4], [0, 3, 4]])
+TABLE = np.array([[1, -1], [0, 2], [1, 3], [2, 4], [3, -1]])
+PLACES = np.arange(15.0).reshape(5, 3) ** 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"edges": EDGES.T}, r"edges .*\(2, 4\) instead of \(edges, 2\): transpose"),
+        ({"edges": EDGES.ravel()}, r"edges .*\(8,\) instead of"),
+        ({"edges": EDGES - 1}, "edges .*number -1"),
+        ({"edges": EDGES + 0.5}, "edges .*float64"),
+        ({"edges": EDGES + 1}, "up to number 5"),
+        ({"edges": [[0, 1], [2]]}, "edges .*different lengths"),
+        ({"triangles": TRIANGLES.T}, r"triangles .*\(3, 4\) instead of .*: transpose"),
+        ({"triangles": TRIANGLES - 1}, "triangles .*number -1"),
+        ({"triangles": TRIANGLES * 1.0}, "triangles .*float64"),
+        ({"neighbours": TABLE[:4]}, "neighbours .*4 rows.*5 vertices"),
+        ({"neighbours": TABLE.T}, "neighbours .*2 rows.*5 vertices"),
+        ({"neighbours": TABLE.ravel()}, r"neighbours .*\(10,\) instead of"),
+        ({"neighbours": TABLE * 1.0}, "neighbours .*float64"),
+        ({"edges": EDGES, "positions": PLACES[:4]}, "positions .*4 rows.*5 vertices"),
+        ({"edges": EDGES, "positions": PLACES.T}, r"positions .*\(3, 5\) .*: transpose"),
+        ({"edges": EDGES, "positions": "a"}, "positions of MeshTV must be numbers"),
+        ({"edges": EDGES, "lengths": ["a"] * 4}, "lengths of MeshTV must be numbers"),
+    ],
+)
+def test_meshes_that_are_refused(arrays, message):
+    with pytest.raises(EngineError, match=message):
+        check_regularisers([MeshTV(["offset"], 1.0, **arrays)], LINE, (5,))
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"edges": EDGES, "positions": PLACES},
+        {"edges": []},
+        {"triangles": TRIANGLES.tolist(), "positions": PLACES},
+        {"neighbours": TABLE.astype(np.int16)},
+    ],
+)
+def test_meshes_that_are_accepted(arrays):
+    spec = MeshTV(["offset"], 1.0, **arrays)
+    check_regularisers([spec], LINE, (5,))
+    assert np.isfinite(value(spec, np.arange(5.0)))
+
+
+@pytest.mark.parametrize("size", ["abc", 2, None, (1, 0), (1, np.nan), [[1, 1]], object()])
+def test_voxel_sizes_that_are_refused(size):
+    with pytest.raises(EngineError, match="voxel_size is"):
+        check_voxel_size(size, (4, 4))
+    if size is not None:
+        with pytest.raises(EngineError, match="voxel_size is"):
+            check_regularisers([TV(["offset"], 1.0, voxel_size=size)], LINE, (4, 4))
+
+
+def test_terms_may_be_one_or_none():
+    term = TV("offset", 1.0)
+    assert as_regularisers(term) == as_regularisers([term]) == (term,)
+    assert as_regularisers(None) == as_regularisers([]) == ()
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        TV("offset", np.float32(1), huber=np.float32(0.5), joint=np.bool_(True)),
+        TGV2("offset", np.int64(1), ratio=np.float32(2), voxel_size=np.ones(2, np.float32)),
+        MeshTV("offset", np.float32(1), edges=EDGES, huber=np.float32(0.5)),
+        MapPrior("offset", np.float32(1), np.ones(5), np.float32(1)),
+        Custom(torch.sum, np.float32(1)),
+    ],
+)
+def test_descriptions_are_plain_data(term):
+    told = term.describe()
+    assert json.loads(json.dumps(told)) == told
+    assert type(told["weight"]) is float

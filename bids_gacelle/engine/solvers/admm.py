@@ -202,8 +202,8 @@ def minimise_with_terms(
     for term in terms:
         if term.obstacle:
             raise EngineError(
-                f"Solver 'lm' cannot be used with a {', '.join(term.names)} term: "
-                f"{term.obstacle}. Use solver 'adam'."
+                f"Solver 'lm' cannot be used with {term.label}: {term.obstacle}. "
+                "Use solver 'adam'."
             )
     splits = [_split(term, position, curvature) for term in terms]
     pull = _pull(splits, position)
