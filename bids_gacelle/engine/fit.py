@@ -74,7 +74,7 @@ def fit(
     noise: str = "gaussian",
     loss: str = "l2",
     prior: PriorArgument = None,
-    regularise: Sequence[Regulariser] = (),
+    regularise: Regulariser | Sequence[Regulariser] | None = None,
     voxel_size: Sequence[float] | None = None,
     device: str | Sequence[str] = "auto",
     precision: str = "float32",

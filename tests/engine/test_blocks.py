@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -550,10 +551,13 @@ def test_finished_blocks_of_an_interrupted_fit_are_usable(device):
     assert np.isnan(part.nrmse[~finished]).all()
 
 
-def test_control_c_in_the_terminal_ends_a_running_block():
+def test_control_c_in_the_terminal_ends_a_running_block(request):
     """The signal comes while the solver works, not in a callback."""
     model, data = r2star(200_000)
     begun = threading.Event()
+    # A background job of a shell inherits that the signal is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     timer = threading.Thread(target=lambda: begun.wait() and _thread.interrupt_main())
     timer.start()
     with pytest.raises(FitInterrupted) as caught:

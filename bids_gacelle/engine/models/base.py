@@ -40,11 +40,9 @@ class Parameter:
     bounds
         Limits of the fit, in the parameter's unit.
     start
-        Where tissue usually lies, in the parameter's unit: the box of the start dictionary, the
-        scale of steps and spatial weights, the origin of the prior (unused for amplitudes, which are
-        projected, and for derived quantities). The prior and the solver's step sizes follow from
-        it, also where `SignalModel.linear` parameters are projected and others searched for all
-        over their bounds.
+        Where tissue usually lies, in the parameter's unit: the box of the start dictionary, and
+        the scale of steps, of spatial weights and of the weak prior. Unused for amplitudes, which
+        are projected, and for derived quantities.
     search
         Range of the start dictionary where minima lie outside the start box; None: the box.
     prior
