@@ -539,13 +539,12 @@ def test_finished_blocks_of_an_interrupted_fit_are_usable(device):
     assert isinstance(caught.value, KeyboardInterrupt)
     part = caught.value.result
     finished = np.isfinite(part.maps["R2star"])
-    finished[3] = True
+    finished[3] = part.flags[3] == 4  # with two devices its block may be the one given up
     assert 750 <= finished.sum() < 2000
     assert part.settings["n_finished"] == finished.sum()
     assert part.settings["interrupted"]
     np.testing.assert_array_equal(part.maps["R2star"][finished], whole.maps["R2star"][finished])
     np.testing.assert_array_equal(part.flags[finished], whole.flags[finished])
-    assert part.flags[3] == 4
     assert (part.flags[~finished] == 8).all()
     assert np.isnan(part.std["S0"][~finished]).all()
     assert np.isnan(part.nrmse[~finished]).all()
