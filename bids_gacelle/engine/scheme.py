@@ -13,19 +13,19 @@ from bids_gacelle.engine.errors import EngineError
 FloatArray = NDArray[np.float64]
 
 
-def _column(name: str, unit: str, values: ArrayLike) -> FloatArray:
-    """Return `values` as a read-only vector of finite positive numbers."""
+def _column(name: str, unit: str, values: ArrayLike, *, zero: bool = False) -> FloatArray:
+    """Return `values` as a vector of finite positive numbers, or with `zero` also 0."""
     try:
         array = np.atleast_1d(np.array(values, dtype=np.float64))
     except (TypeError, ValueError) as error:
         raise EngineError(f"{name} must be a list of numbers in {unit}: {error}.") from error
     if array.ndim != 1 or array.size == 0:
         raise EngineError(f"{name} must be a list of numbers in {unit}, got shape {array.shape}.")
-    good = np.isfinite(array) & (array > 0)
+    good = np.isfinite(array) & ((array > 0) | (zero & (array == 0)))
     if not good.all():
+        wanted = "number of at least 0" if zero else "positive number"
         raise EngineError(
-            f"{name} holds {array[~good][0]}; every value must be a finite positive number "
-            f"in {unit}."
+            f"{name} holds {array[~good][0]}; every value must be a finite {wanted} in {unit}."
         )
     return array
 
@@ -69,12 +69,13 @@ class _Scheme:
 
 
 class DiffusionScheme(_Scheme):
-    """Diffusion weightings of the non-zero shells, one entry per shell.
+    """Diffusion weightings of the shells, one entry per shell.
 
     Parameters
     ----------
     b
-        b-values in ms/um^2 (s/mm^2 divided by 1000).
+        b-values in ms/um^2 (s/mm^2 divided by 1000). Signals of one echo time are relative to
+        b = 0, which is then no shell; at several echo times it may be.
     big_delta, small_delta
         Gradient separation and duration in ms; None for models that need no timing.
     echo_time
@@ -85,8 +86,8 @@ class DiffusionScheme(_Scheme):
     Raises
     ------
     EngineError
-        A value is not positive and finite, the lengths differ, or a pulse lasts longer than the
-        separation of the two.
+        A value is not positive (b: negative) or not finite, the lengths differ, or a pulse lasts
+        longer than the separation of the two.
     """
 
     _names = ("b", "big_delta", "small_delta", "echo_time", "n_directions")
@@ -107,7 +108,10 @@ class DiffusionScheme(_Scheme):
             "n_directions": (n_directions, "directions"),
         }
         columns = _equal_length(
-            {k: None if v is None else _column(k, unit, v) for k, (v, unit) in given.items()}
+            {
+                k: None if v is None else _column(k, unit, v, zero=k == "b")
+                for k, (v, unit) in given.items()
+            }
         )
         self.b: FloatArray = columns["b"]  # type: ignore[assignment]
         self.big_delta = columns["big_delta"]

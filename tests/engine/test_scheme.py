@@ -27,7 +27,7 @@ def test_repr_makes_an_equal_scheme():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"b": [1.0, 0.0]}, r"b holds 0\.0.*ms/um"),
+        ({"b": [1.0, -0.1]}, r"b holds -0\.1.*at least 0.*ms/um"),
         ({"b": [1.0, np.nan]}, "b holds nan"),
         ({"b": [1.0, 2.0], "big_delta": [1.0, 2.0, 3.0]}, "b has 2, big_delta has 3"),
         ({"b": [1.0], "big_delta": [5.0], "small_delta": [6.0]}, "cannot outlast"),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.models.base import Inputs, Parameter, Reference, SignalModel
+from bids_gacelle.engine.models.base import Inputs, Parameter, Reference
+from bids_gacelle.engine.models.diffusion import DiffusionModel
 from bids_gacelle.engine.physics.powder import axial_average, axial_average_slope
 from bids_gacelle.engine.physics.restricted import CYLINDER, RestrictedTable
 from bids_gacelle.engine.scheme import DiffusionScheme
@@ -52,7 +53,7 @@ def _parameters(depar: float) -> tuple[Parameter, ...]:
     )
 
 
-class AxCaliberSmt(SignalModel):
+class AxCaliberSmt(DiffusionModel):
     """Axons as cylinders of one diameter, extra-neurite space and CSF, averaged over directions.
 
     S = (1 - fcsf) [fn Sa + (1 - fn) Se] + fcsf Scsf with
@@ -90,8 +91,6 @@ class AxCaliberSmt(SignalModel):
             "10.1006/jmrb.1994.1038",
         ),
     )
-    kind = "dwi"
-    datatype = "dwi"
     needs_diffusion_times = True
     minimum_measurements = 4
     required = ("b", "big_delta", "small_delta")
@@ -104,7 +103,6 @@ class AxCaliberSmt(SignalModel):
     }
     choices = {"limit": ("vangelderen", "neuman")}  # noqa: RUF012
     starts = 2
-    scheme: DiffusionScheme
     linear = ("fn", "fcsf")
     parameters: tuple[Parameter, ...] = _parameters(1.7)
 
@@ -142,16 +140,18 @@ class AxCaliberSmt(SignalModel):
 
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return the powder average of each shell; shapes as in `SignalModel.signal`."""
-        return _mix(params, *self._compartments(params, self._across(params["diameter"] / 2)[0]))
+        return _mix(
+            params, *self._compartments(params, inputs, self._attenuation(params, inputs)[0])
+        )
 
     def jacobian(
         self, params: dict[str, Tensor], inputs: Inputs | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return signal and derivatives by diameter, fn, fcsf and deperp."""
         deperp, fn, fcsf = params["deperp"], params["fn"], params["fcsf"]
-        exponent, slope = self._across(params["diameter"] / 2)
-        axon, extra, csf = self._compartments(params, exponent)
-        b, along_axon, along_extra = self._constants(deperp)
+        exponent, slope = self._attenuation(params, inputs)
+        axon, extra, csf = self._compartments(params, inputs, exponent)
+        b, along_axon, along_extra = self._constants(inputs, deperp)
         by_exponent = axial_average_slope(exponent, along_axon, axon)
         by_radial = axial_average_slope(b * deperp, along_extra, extra)
         tissue = fn * axon + (1 - fn) * extra
@@ -165,8 +165,8 @@ class AxCaliberSmt(SignalModel):
 
     def mixture(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return the signals of axons, extra-neurite space and CSF."""
-        parts = self._compartments(params, self._across(params["diameter"] / 2)[0])
-        return torch.stack(torch.broadcast_tensors(*parts))
+        exponent, _ = self._attenuation(params, inputs)
+        return torch.stack(torch.broadcast_tensors(*self._compartments(params, inputs, exponent)))
 
     def unmix(self, weights: Tensor) -> dict[str, Tensor]:
         """Return fn and fcsf; fn is 0.5 where all is CSF."""
@@ -175,22 +175,27 @@ class AxCaliberSmt(SignalModel):
         return {"fn": torch.where(tissue > 0, axon / tissue, 0.5), "fcsf": csf}
 
     def _compartments(
-        self, params: dict[str, Tensor], exponent: Tensor
+        self, params: dict[str, Tensor], inputs: Inputs | None, exponent: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the signals of axons, extra-neurite space and CSF; the latter broadcasts."""
-        b, along_axon, along_extra = self._constants(params["deperp"])
+        b, along_axon, along_extra = self._constants(inputs, params["deperp"])
         axon = axial_average(exponent, along_axon, oblate=self._oblate)
         extra = axial_average(b * params["deperp"], along_extra, oblate=False)
         return axon, extra, torch.exp(-self.dcsf * b)
 
-    def _constants(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _attenuation(
+        self, params: dict[str, Tensor], inputs: Inputs | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the exponents across the axons and their derivatives by the radius."""
+        exponent, slope = self._across(params["diameter"] / 2)
+        if inputs is not None and "bscale" in inputs:
+            return exponent * inputs["bscale"], slope * inputs["bscale"]
+        return exponent, slope
+
+    def _constants(self, inputs: Inputs | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return b, b dn and b depar, each (shells, 1...)."""
-        b = self.scheme.b
-        return (
-            self.table("b", b, like),
-            self.table("b_dn", b * self.dn, like),
-            self.table("b_depar", b * self.depar, like),
-        )
+        b = self.b(inputs, like)
+        return b, b * self.dn, b * self.depar
 
 
 def _mix(params: dict[str, Tensor], axon: Tensor, extra: Tensor, csf: Tensor) -> Tensor:

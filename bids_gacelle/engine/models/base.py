@@ -198,6 +198,15 @@ class SignalModel(ABC):
                 one_of = " or ".join(map(repr, allowed or ())) or f"of type {wanted.__name__}"
                 raise EngineError(f"The option {name} of {cls.name} is {one_of}, got {value!r}.")
 
+    @classmethod
+    def wants_echo_decay(cls, options: Mapping[str, Any]) -> bool:
+        """Tell whether a model with these options fits how dwi signals decay with echo time.
+
+        It then gets them relative to b=0 of the shortest echo time, not of each, and b=0 of the
+        other echo times among them.
+        """
+        return False
+
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the fitted parameters, in order."""

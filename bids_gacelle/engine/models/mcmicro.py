@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.models.base import Inputs, Parameter, Reference, SignalModel
+from bids_gacelle.engine.models.base import Inputs, Parameter, Reference
+from bids_gacelle.engine.models.diffusion import DiffusionModel
 from bids_gacelle.engine.physics.powder import stick_average, stick_average_slope
-from bids_gacelle.engine.scheme import DiffusionScheme
 
 
-class McMicro(SignalModel):
+class McMicro(DiffusionModel):
     """Sticks and a tortuous extra-neurite space, averaged over directions.
 
     S = fn G(b d) + (1 - fn) exp(-b (1 - fn) d) G(b fn d), with G(a) = int_0^1 exp(-a x^2) dx.
@@ -31,13 +31,10 @@ class McMicro(SignalModel):
             "10.1016/j.neuroimage.2016.06.002",
         ),
     )
-    kind = "dwi"
-    datatype = "dwi"
     minimum_measurements = 2
     required = ("b",)
     compile_from = 4_000_000  # eager steps of so small a model are nearly as fast
     starts = 3
-    scheme: DiffusionScheme
     parameters = (
         Parameter(
             "fn",
@@ -60,7 +57,7 @@ class McMicro(SignalModel):
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return the powder average of each shell; shapes as in `SignalModel.signal`."""
         f, d = params["fn"], params["d"]
-        a = self.table("b", self.scheme.b, f) * d
+        a = self.b(inputs, f) * d
         return f * stick_average(a) + (1 - f) * torch.exp(-a * (1 - f)) * stick_average(a * f)
 
     def jacobian(
@@ -68,7 +65,7 @@ class McMicro(SignalModel):
     ) -> tuple[Tensor, Tensor]:
         """Return signal and derivatives by fn and d."""
         f, d = params["fn"], params["d"]
-        b = self.table("b", self.scheme.b, f)
+        b = self.b(inputs, f)
         a = b * d
         stick = stick_average(a)
         inner = stick_average(a * f)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.models.base import Inputs, Parameter, Reference, SignalModel
+from bids_gacelle.engine.models.base import Inputs, Parameter, Reference
+from bids_gacelle.engine.models.diffusion import DiffusionModel
 from bids_gacelle.engine.physics.exchange import karger, karger_derivatives
 from bids_gacelle.engine.physics.quadrature import legendre2, powder_rule
 from bids_gacelle.engine.scheme import DiffusionScheme
@@ -59,7 +60,7 @@ _P2 = Parameter(
 )
 
 
-class Nexi(SignalModel):
+class Nexi(DiffusionModel):
     """Narrow-pulse anisotropic Kaerger model, averaged over directions.
 
     S_0 = int_0^1 M(x) dx and, with `l_max` 2, S_2 = p2 |int_0^1 M(x) P2(x) dx|, where M is the
@@ -85,15 +86,12 @@ class Nexi(SignalModel):
             "10.1016/j.neuroimage.2022.119277",
         ),
     )
-    kind = "dwi"
-    datatype = "dwi"
     needs_diffusion_times = True
     minimum_measurements = 4
     required = ("b", "big_delta")
     options = {"l_max": 0}  # noqa: RUF012
     choices = {"l_max": (0, 2)}  # noqa: RUF012
     starts = 4
-    scheme: DiffusionScheme
     parameters: tuple[Parameter, ...] = _FITTED
     derived = (
         Parameter(
@@ -126,12 +124,12 @@ class Nexi(SignalModel):
 
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return S_0, and S_2 with `l_max` 2; shapes as in `SignalModel.signal`."""
-        s0, s2 = self._invariants(params)
+        s0, s2 = self._invariants(params, inputs)
         return s0 if s2 is None else torch.cat((s0, params["p2"] * s2))
 
     def mixture(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return the signals of no coherence (p2 = 0) and of full coherence (p2 = 1)."""
-        s0, s2 = self._invariants(params)
+        s0, s2 = self._invariants(params, inputs)
         assert s2 is not None
         return torch.stack((torch.cat((s0, torch.zeros_like(s2))), torch.cat((s0, s2))))
 
@@ -139,9 +137,11 @@ class Nexi(SignalModel):
         """Return p2, the weight of full coherence."""
         return {"p2": weights[1]}
 
-    def _invariants(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _invariants(
+        self, params: dict[str, Tensor], inputs: Inputs | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return S_0 and, with `l_max` 2, S_2 / p2, each (shells, ...)."""
-        along, beside, rate = self._exponents(params)
+        along, beside, rate = self._exponents(params, inputs)
         s0 = s2 = torch.zeros_like(rate)
         # One node after the other: tensors stay small, and a compiler fuses all of them.
         for x2, weight, legendre in self._rule(rate):
@@ -154,7 +154,7 @@ class Nexi(SignalModel):
         self, params: dict[str, Tensor], inputs: Inputs | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return signal and derivatives by fn, dn, de, tex (and p2)."""
-        along, beside, rate = self._exponents(params)
+        along, beside, rate = self._exponents(params, inputs)
         zero = torch.zeros_like(rate)
         s0, s2 = [zero] * 5, [zero] * 5
         for x2, weight, legendre in self._rule(rate):
@@ -163,7 +163,7 @@ class Nexi(SignalModel):
             s0 = [total + weight * part for total, part in zip(s0, parts, strict=True)]
             if self.l_max == 2:
                 s2 = [total + legendre * part for total, part in zip(s2, parts, strict=True)]
-        b = self.table("b", self.scheme.b, params["fn"])
+        b = self.b(inputs, params["fn"])
         one = torch.ones_like(b)
         factors = (one, one, b, b, 1 / params["tex"])
         s0 = [total * factor for total, factor in zip(s0, factors, strict=True)]
@@ -177,10 +177,12 @@ class Nexi(SignalModel):
         """Return rn = (1 - fn) / tex in 1/ms."""
         return {"rn": (1 - params["fn"]) / params["tex"]}
 
-    def _exponents(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _exponents(
+        self, params: dict[str, Tensor], inputs: Inputs | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return b dn, b de and Delta / tex, each of shape (shells, ...)."""
         assert self.scheme.big_delta is not None
-        b = self.table("b", self.scheme.b, params["fn"])
+        b = self.b(inputs, params["fn"])
         time = self.table("big_delta", self.scheme.big_delta, params["fn"])
         return b * params["dn"], b * params["de"], time / params["tex"]
 
