@@ -18,6 +18,9 @@ MODELS: dict[str, str] = {
     "mcmicro": "bids_gacelle.engine.models.mcmicro:McMicro",
     "nexi": "bids_gacelle.engine.models.nexi:Nexi",
     "axcalibersmt": "bids_gacelle.engine.models.axcalibersmt:AxCaliberSmt",
+    "sandi": "bids_gacelle.engine.models.sandi:Sandi",
+    "meaxcalibersmt": "bids_gacelle.engine.models.meaxcalibersmt:MeAxCaliberSmt",
+    "axonalt2": "bids_gacelle.engine.models.axonalt2:AxonalT2",
 }
 
 
