@@ -57,7 +57,7 @@ class Sandi(DiffusionModel):
     required = ("b", "big_delta", "small_delta")
     options = {"ds": 3.0, "limit": "murdaycotts"}  # noqa: RUF012
     choices = {"limit": ("murdaycotts", "neuman")}  # noqa: RUF012
-    starts = 4
+    starts = 8
     linear = ("fs", "fin")
     # The start boxes, and by them the weak prior, leave fractions open and take what is known of
     # tissue: cell bodies from small glia to large neurons, diffusivities from strongly hindered to
