@@ -6,6 +6,8 @@ shells of AxCaliber-SMT's first diffusion time at 51 and 92 ms; the rest have NE
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import scipy.special
 from protocols import DELTA, NODES, WEIGHTS, B, stick
@@ -86,8 +88,7 @@ def smex(x):
     edges = np.linspace(0, 1, 4 * STEPS + 1)
     plateau = [(DELTA[:, None] - SMALL, 1.0)]
     ramp = [
-        (SMALL / (4 * STEPS), (b**3 - a**3) / 3 / (b - a))
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        (SMALL / (4 * STEPS), (b**3 - a**3) / 3 / (b - a)) for a, b in itertools.pairwise(edges)
     ]
     for time, part in (*ramp, *plateau, *ramp[::-1]):
         a, d = q2 * part * dn * NODES**2 + out, q2 * part * de + back
@@ -157,7 +158,8 @@ CASES = {
     ),
     "nexidot": (
         "nexidot", {}, _NEXI, nexidot, _EXCHANGE | {"fdot": (0.0, 0.2)},
-        [0.5, 2.25, 1.0, _TEX[0], 0.1], ([0, 0.1, 0.1, _TEX[1], 0], [1, 3.5, 3.5, _TEX[2], 1]), 400,
+        [0.5, 2.25, 1.0, _TEX[0], 0.1],
+        ([0, 0.1, 0.1, _TEX[1], 0], [1, 3.5, 3.5, _TEX[2], 1]), 400,
     ),
     "smex": (
         "smex", {}, _NEXI, smex, _EXCHANGE,
@@ -182,7 +184,7 @@ CASES = {
 
 
 def make(name, n, rng):
-    """Return model, truth, numpy signal, start and bounds, and the SNR, as `protocols.Case` has."""
+    """Return the SNR, and model, truth, numpy signal, start and bounds of a `protocols.Case`."""
     model, options, scheme, signal, ranges, start, bounds, snr = CASES[name]
     built = get_model(model)(scheme, **options)
     truth = {p: rng.uniform(*ranges[p], n) for p in built.parameter_names}
