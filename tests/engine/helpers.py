@@ -17,6 +17,7 @@ from bids_gacelle.engine import (
 _SHELLS = [2.3, 3.5, 4.8, 6.5]
 NEXI_B = [*_SHELLS, *_SHELLS, 11.3, *_SHELLS, 11.3, 17.3]
 NEXI_DELTA = [13.0] * 4 + [21.0] * 5 + [30.0] * 6
+NEXI_PULSES = [4.5] * 4 + [6.0] * 11
 # Shells of a published AxCaliber-SMT protocol with pulses of 6 ms.
 AXCALIBER_B = [
     0.05,
@@ -47,6 +48,10 @@ def make_model(name, **options):
         "nexi": DiffusionScheme(b=NEXI_B, big_delta=NEXI_DELTA),
         "axcalibersmt": DiffusionScheme(b=AXCALIBER_B, big_delta=AXCALIBER_DELTA, small_delta=6.0),
     }
+    schemes["nexidot"] = schemes["nexi"]
+    schemes["smex"] = schemes["sandix"] = DiffusionScheme(
+        b=NEXI_B, big_delta=NEXI_DELTA, small_delta=NEXI_PULSES
+    )
     return get_model(name)(schemes[name], **options)
 
 
@@ -56,6 +61,13 @@ ALL_MODELS = [
     ("mcmicro", {}),
     ("nexi", {}),
     ("nexi", {"l_max": 2}),
+    ("nexi", {"l_max": 4}),
+    ("nexidot", {}),
+    ("nexidot", {"l_max": 2}),
+    ("smex", {}),
+    ("smex", {"l_max": 4}),
+    ("sandix", {}),
+    ("sandix", {"l_max": 2, "ds": 2.5}),
     ("axcalibersmt", {}),
     ("axcalibersmt", {"limit": "neuman"}),
 ]

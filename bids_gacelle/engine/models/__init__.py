@@ -18,6 +18,9 @@ MODELS: dict[str, str] = {
     "mcmicro": "bids_gacelle.engine.models.mcmicro:McMicro",
     "nexi": "bids_gacelle.engine.models.nexi:Nexi",
     "axcalibersmt": "bids_gacelle.engine.models.axcalibersmt:AxCaliberSmt",
+    "nexidot": "bids_gacelle.engine.models.nexidot:NexiDot",
+    "smex": "bids_gacelle.engine.models.smex:Smex",
+    "sandix": "bids_gacelle.engine.models.sandix:Sandix",
 }
 
 
