@@ -189,4 +189,4 @@ def make(name, n, rng):
     built = get_model(model)(scheme, **options)
     truth = {p: rng.uniform(*ranges[p], n) for p in built.parameter_names}
     assert list(ranges) == list(built.parameter_names), (list(ranges), built.parameter_names)
-    return snr, (built, truth, signal, start, bounds)
+    return snr, built, truth, signal, start, bounds

@@ -233,7 +233,9 @@ def test_axcalibersmt_keeps_its_slope_where_the_outer_space_becomes_isotropic():
     np.testing.assert_allclose(jacobian[3, :, 0], -2 / 3 * b * np.exp(-1.7 * b), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "options"), [("axcalibersmt", {}), ("nexi", {"l_max": 2})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("axcalibersmt", {}), ("sandi", {}), ("nexi", {"l_max": 2})]
+)
 def test_a_mixture_is_the_signal(name, options):
     model = make_model(name, **options)
     searched = draw(model, 60, 14, within="bounds")
@@ -303,9 +305,10 @@ def test_declarations_are_complete(name, options):
     assert len(model.description) > 60
     assert all(ref.doi.startswith("10.") and ref.text for ref in model.references)
     assert model.references
+    units = ["1", "s", "ms", "1/s", "1/ms", "um", "um/s", "um^2/ms", "arbitrary"]
     for parameter in (*model.parameters, *model.derived):
         assert parameter.description
-        assert parameter.unit in ("1", "s", "ms", "1/s", "1/ms", "um", "um^2/ms", "arbitrary")
+        assert parameter.unit in units
     for parameter in model.parameters:
         if not parameter.amplitude:
             assert parameter.bounds[0] <= parameter.start[0] < parameter.start[1]
