@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.models.base import Inputs, Parameter, Reference
+from bids_gacelle.engine.models.base import Inputs, Parameter
 from bids_gacelle.engine.models.nexi import FITTED, RATE
 from bids_gacelle.engine.models.nexidot import NexiDot
+from bids_gacelle.engine.models.sandi import Sandi
 from bids_gacelle.engine.models.smex import OLESEN
 from bids_gacelle.engine.physics.restricted import SPHERE, RestrictedTable
 from bids_gacelle.engine.scheme import DiffusionScheme
@@ -58,19 +59,7 @@ class Sandix(NexiDot):
     references = (
         OLESEN,
         *NexiDot.references,
-        Reference(
-            "palombo2020",
-            "Palombo M, Ianuş A, Guerreri M, Nunes D, Alexander DC, Shemesh N, Zhang H. SANDI: A "
-            "compartment-based model for non-invasive apparent soma and neurite imaging by "
-            "diffusion MRI. NeuroImage 2020;215:116835.",
-            "10.1016/j.neuroimage.2020.116835",
-        ),
-        Reference(
-            "murday1968",
-            "Murday JS, Cotts RM. Self-diffusion coefficient of liquid lithium. J Chem Phys "
-            "1968;48(11):4938-4945.",
-            "10.1063/1.1668160",
-        ),
+        *Sandi.references,
     )
     minimum_measurements = 6
     required = ("b", "big_delta", "small_delta")
@@ -105,8 +94,6 @@ class Sandix(NexiDot):
     def _isotropic(
         self, params: dict[str, Tensor], inputs: Inputs | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        exponent, slope = self._sphere(params["rs"])
-        if inputs is not None and "bscale" in inputs:
-            exponent, slope = exponent * inputs["bscale"], slope * inputs["bscale"]
+        exponent, slope = self.attenuation(self._sphere, params["rs"], inputs)
         s0 = torch.exp(-exponent)
         return self._padded(s0), {"rs": self._padded(-slope * s0)}
