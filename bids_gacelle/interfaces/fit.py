@@ -83,6 +83,8 @@ class FitModel(Step):
             result.settings["peak_vram_gb"] = torch.cuda.max_memory_allocated() / 1e9
         _log_outcome(title, result)
         arrays: dict[str, Any] = {"flags": result.flags, "nrmse": result.nrmse}
+        if result.chi2 is not None:
+            arrays["chi2"] = result.chi2
         arrays |= {f"map_{k}": v for k, v in result.maps.items()}
         arrays |= {f"std_{k}": v for k, v in result.std.items()}
         np.savez(cwd / "fit.npz", **arrays)
@@ -122,7 +124,10 @@ def _select(name: str, settings: Settings, prepared: dict[str, Any]) -> tuple[An
 
 
 def load_fit(fitted: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Arrays of a fit over the voxels of the mask: ``map_*``, ``std_*``, ``flags``, ``nrmse``."""
+    """Arrays of a fit over the voxels of the mask.
+
+    ``map_*``, ``std_*``, ``flags``, ``nrmse``, and ``chi2`` where the noise level was known.
+    """
     with np.load(fitted["file"]) as arrays:
         return dict(arrays)
 

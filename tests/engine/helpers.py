@@ -17,6 +17,7 @@ from bids_gacelle.engine import (
 _SHELLS = [2.3, 3.5, 4.8, 6.5]
 NEXI_B = [*_SHELLS, *_SHELLS, 11.3, *_SHELLS, 11.3, 17.3]
 NEXI_DELTA = [13.0] * 4 + [21.0] * 5 + [30.0] * 6
+NEXI_PULSES = [4.5] * 4 + [6.0] * 11
 # Shells of a published AxCaliber-SMT protocol with pulses of 6 ms.
 AXCALIBER_B = [
     0.05,
@@ -59,6 +60,10 @@ def make_model(name, **options):
             b=[6.0] * 6 + [8.0] * 6, echo_time=[0.052, 0.062, 0.072, 0.092, 0.112, 0.132] * 2
         ),
     }
+    schemes["nexidot"] = schemes["nexi"]
+    schemes["smex"] = schemes["sandix"] = DiffusionScheme(
+        b=NEXI_B, big_delta=NEXI_DELTA, small_delta=NEXI_PULSES
+    )
     if options.get("relaxation"):
         schemes["mcmicro"] = DiffusionScheme(**TWO_ECHOES)
     return get_model(name)(schemes[name], **options)
@@ -70,6 +75,13 @@ ALL_MODELS = [
     ("mcmicro", {}),
     ("nexi", {}),
     ("nexi", {"l_max": 2}),
+    ("nexi", {"l_max": 4}),
+    ("nexidot", {}),
+    ("nexidot", {"l_max": 2}),
+    ("smex", {}),
+    ("smex", {"l_max": 4}),
+    ("sandix", {}),
+    ("sandix", {"l_max": 2, "ds": 2.5}),
     ("axcalibersmt", {}),
     ("axcalibersmt", {"limit": "neuman"}),
     ("sandi", {}),
