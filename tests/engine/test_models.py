@@ -336,6 +336,16 @@ def test_derived_quantities():
     assert float(make_model("despot1").derive(half)["T1"]) == pytest.approx(1.25)
 
 
+@MODELS
+def test_a_model_can_be_made_again_from_what_it_says(name, options):
+    model = make_model(name, **options)
+    given = {option: getattr(model, option) for option in model.options}
+    assert given == type(model).options | options
+    again = type(model)(model.scheme, **given)
+    params = draw(model, 5, 13)
+    assert torch.equal(again.signal(params), model.signal(params))
+
+
 # --- registry and constructor ------------------------------------------------------------------
 
 

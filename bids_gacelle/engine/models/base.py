@@ -120,7 +120,7 @@ class SignalModel(ABC):
         Names of maps the signal depends on (such as b1), and the value when none is given.
     options, choices
         Constructor options with their defaults, whose type they keep; allowed values of those
-        that have few.
+        that have few. An instance has its values as attributes.
     required
         Columns the acquisition must have.
     has_closed_form
@@ -171,6 +171,8 @@ class SignalModel(ABC):
                 f"{self.name} needs a {expected.__name__}, got {type(scheme).__name__}."
             )
         self.check_options(options)
+        for name, default in self.options.items():
+            setattr(self, name, options.get(name, default))
         missing = [column for column in self.required if getattr(scheme, column) is None]
         if missing:
             raise EngineError(f"{self.name} needs {' and '.join(missing)} in its acquisition.")
