@@ -446,12 +446,12 @@ def test_which_models_want_the_decay_with_echo_time():
 
 
 def test_axonal_t2_wants_strong_shells_only():
-    scheme = DiffusionScheme(b=[1.0, 4.0, 6.0, 0.0, 1.0, 6.0], echo_time=[0.05] * 3 + [0.09] * 3)
+    scheme = DiffusionScheme(b=[1.0, 3.98, 6.0, 0.0, 1.0, 6.0], echo_time=[0.05] * 3 + [0.09] * 3)
     model = get_model("axonalt2")
     np.testing.assert_array_equal(model.wanted(scheme, {}), [0, 1, 1, 0, 0, 1])
     np.testing.assert_array_equal(model.wanted(scheme, {"b_min": 5.0}), [0, 0, 1, 0, 0, 1])
     chosen = scheme.take(model.wanted(scheme, {}))
-    assert chosen.b.tolist() == [4.0, 6.0, 6.0]
+    assert chosen.b.tolist() == [3.98, 6.0, 6.0]
     assert chosen.echo_time.tolist() == [0.05, 0.05, 0.09]
     assert chosen.big_delta is None
     assert model(chosen).n_measurements == 3

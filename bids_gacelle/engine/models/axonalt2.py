@@ -22,6 +22,7 @@ from bids_gacelle.engine.physics.powder import stick_average
 from bids_gacelle.engine.scheme import DiffusionScheme, Scheme
 
 _B_MIN = 4.0
+_B_TOLERANCE = 0.01  # scanners round the b-values asked for
 _DN = 1.7
 
 
@@ -111,7 +112,7 @@ class AxonalT2(DiffusionModel):
 
     @classmethod
     def wanted(cls, scheme: Scheme, options: Mapping[str, Any]) -> NDArray[np.bool_]:
-        """Return which shells have a b-value of at least the option `b_min`.
+        """Return which shells have a b-value of at least the option `b_min`, within 1 %.
 
         Raises
         ------
@@ -120,7 +121,7 @@ class AxonalT2(DiffusionModel):
         """
         assert isinstance(scheme, DiffusionScheme)
         b_min = float(options.get("b_min", _B_MIN))
-        strong = scheme.b >= b_min
+        strong = scheme.b >= (1 - _B_TOLERANCE) * b_min
         if not strong.any():
             raise EngineError(
                 f"{cls.name} needs shells with b >= {b_min:g} ms/um^2, where only axons are left; "

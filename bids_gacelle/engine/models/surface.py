@@ -16,7 +16,7 @@ SURFACE_OPTIONS: dict[str, Any] = {
     "fit_r2a": False,
     "fit_k2a": False,
 }
-"""Constructor options with the calibration of Barakovic et al. at 3 T."""
+"""Constructor options; the constants are for 3 T."""
 
 SURFACE_REFERENCE = Reference(
     "barakovic2023",
