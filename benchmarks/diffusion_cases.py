@@ -122,7 +122,7 @@ def mcmicro_te(x):
 
 
 def meaxcalibersmt(x):
-    diameter, fn, fcsf, radial, extra = x
+    fn, fcsf, radial, diameter, extra = x
     c = restricted(diameter / 2, 1, D0, TE_B, SMALL, TE_DELTA)
     inner = np.exp(-c) * stick(np.maximum(TE_B * D0 - c, 0))
     outer = np.exp(-TE_B * radial) * stick(TE_B * (D0 - radial))
@@ -176,9 +176,9 @@ CASES = {
     ),
     "meaxcalibersmt": (
         "meaxcalibersmt", {}, _ECHO, meaxcalibersmt,
-        {"diameter": (1, 6), "fn": (0.3, 0.9), "fcsf": (0, 0.2), "deperp": (0.5, 1.5),
+        {"fn": (0.3, 0.9), "fcsf": (0, 0.2), "deperp": (0.5, 1.5), "diameter": (1, 6),
          "r2e": (15, 40)},
-        [3.5, 0.5, 0.1, 0.9, 30], ([0.2, 0, 0, 0.01, 1], [10, 1, 1, 1.7, 75]), 240,
+        [0.5, 0.1, 0.9, 3.5, 30], ([0, 0, 0.01, 0.1, 1], [1, 1, 1.7, 20, 75]), 240,
     ),
 }  # fmt: skip
 
