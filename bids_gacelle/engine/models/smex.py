@@ -52,23 +52,29 @@ class Smex(Nexi):
         self._share = scheme.small_delta / scheme.big_delta
         limits = {p.name: p.bounds for p in FITTED}
         exponent = scheme.b * max(limits["dn"][1], limits["de"][1])
-        sharpest = float((exponent * self._share / (3 - self._share)).max())
-        quickest = float(scheme.small_delta.max()) / limits["tex"][0]
+        rate = scheme.big_delta / limits["tex"][0]
         # As for the nodes: single precision needs less.
         self._pulses = {
-            dtype: pulse_rule(pulse_steps(sharpest, quickest, error))
-            for dtype, error in ((torch.float32, 2e-6), (torch.float64, 3e-7))
+            dtype: pulse_rule(pulse_steps(exponent, rate, self._share, error))
+            for dtype, error in ((torch.float32, 2e-6), (torch.float64, 5e-7))
         }
 
     def _integrals(
         self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor
     ) -> list[list[Tensor]]:
-        """Return the integrals as `Nexi`, the nodes being an axis: their kernel is a long one."""
+        """Return the integrals as `Nexi`; compiled, nodes are an axis, for the kernel is long."""
+        if torch.compiler.is_compiling():
+            return self._joint_integrals(of_square, like)
+        return super()._integrals(of_square, like)
+
+    def _joint_integrals(
+        self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor
+    ) -> list[list[Tensor]]:
         squares, weights = self._rule(like)
-        place = torch.zeros_like(like[0])
-        parts = of_square(self.table("squares", np.array(squares)[:, None], place))
+        voxel = torch.zeros_like(like[0])
+        parts = of_square(self.table("squares", np.array(squares)[:, None], voxel))
         orders = [
-            self.table(f"weights {i}", np.array(weight)[:, None], place)
+            self.table(f"weights {i}", np.array(weight)[:, None], voxel)
             for i, weight in enumerate(weights)
         ]
         return [[(weight * part).sum(0) for part in parts] for weight in orders]
