@@ -484,6 +484,6 @@ def test_nodes_as_an_axis_give_the_same_integrals():
     model = make_model("smex", l_max=4)
     params = everywhere(model, 20, 21)
     expected = model.jacobian(params)
-    model._integrals = model._joint_integrals
+    model._integrals = lambda f, like: model._joint_integrals(f, *model._node_tables(like))
     for a, b in zip(model.jacobian(params), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

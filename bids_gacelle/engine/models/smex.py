@@ -63,21 +63,25 @@ class Smex(Nexi):
         self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor
     ) -> list[list[Tensor]]:
         """Return the integrals as `Nexi`; compiled, nodes are an axis, for the kernel is long."""
+        nodes = self._node_tables(like)  # filled before a trace, which must not change a cache
         if torch.compiler.is_compiling():
-            return self._joint_integrals(of_square, like)
+            return self._joint_integrals(of_square, *nodes)
         return super()._integrals(of_square, like)
 
-    def _joint_integrals(
-        self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor
-    ) -> list[list[Tensor]]:
+    def _node_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x^2 of the nodes, (nodes, 1, 1...), and their weights, (orders, nodes)."""
         squares, weights = self._rule(like)
-        voxel = torch.zeros_like(like[0])
-        parts = of_square(self.table("squares", np.array(squares)[:, None], voxel))
-        orders = [
-            self.table(f"weights {i}", np.array(weight)[:, None], voxel)
-            for i, weight in enumerate(weights)
-        ]
-        return [[(weight * part).sum(0) for part in parts] for weight in orders]
+        return (
+            self.table("squares", np.array(squares)[:, None], like[0]),
+            self.table("weights", np.array(weights), like.new_zeros(())),
+        )
+
+    def _joint_integrals(
+        self, of_square: Callable[[Any], Sequence[Tensor]], squares: Tensor, weights: Tensor
+    ) -> list[list[Tensor]]:
+        # A matrix product is no part of the loop that computes the nodes, which it would repeat.
+        sums = [torch.tensordot(weights, part, dims=1) for part in of_square(squares)]
+        return [[total[i] for total in sums] for i in range(len(weights))]
 
     def _kernel(self, fn: Tensor, along: Tensor, beside: Tensor, rate: Tensor) -> Tensor:
         return pulsed_karger(fn, along, beside, rate, self._shares(fn), self._pulse(fn))
