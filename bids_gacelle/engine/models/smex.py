@@ -52,26 +52,36 @@ class Smex(Nexi):
         self._share = scheme.small_delta / scheme.big_delta
         limits = {p.name: p.bounds for p in FITTED}
         exponent = scheme.b * max(limits["dn"][1], limits["de"][1])
-        sharpest = float((exponent * self._share / (3 - self._share)).max())
-        quickest = float(scheme.small_delta.max()) / limits["tex"][0]
+        rate = scheme.big_delta / limits["tex"][0]
         # As for the nodes: single precision needs less.
         self._pulses = {
-            dtype: pulse_rule(pulse_steps(sharpest, quickest, error))
-            for dtype, error in ((torch.float32, 2e-6), (torch.float64, 3e-7))
+            dtype: pulse_rule(pulse_steps(exponent, rate, self._share, error))
+            for dtype, error in ((torch.float32, 2e-6), (torch.float64, 5e-7))
         }
 
     def _integrals(
         self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor
     ) -> list[list[Tensor]]:
-        """Return the integrals as `Nexi`, the nodes being an axis: their kernel is a long one."""
+        """Return the integrals as `Nexi`; compiled, nodes are an axis, for the kernel is long."""
+        nodes = self._node_tables(like)  # filled before a trace, which must not change a cache
+        if torch.compiler.is_compiling():
+            return self._joint_integrals(of_square, *nodes)
+        return super()._integrals(of_square, like)
+
+    def _node_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x^2 of the nodes, (nodes, 1, 1...), and their weights, (orders, nodes)."""
         squares, weights = self._rule(like)
-        place = torch.zeros_like(like[0])
-        parts = of_square(self.table("squares", np.array(squares)[:, None], place))
-        orders = [
-            self.table(f"weights {i}", np.array(weight)[:, None], place)
-            for i, weight in enumerate(weights)
-        ]
-        return [[(weight * part).sum(0) for part in parts] for weight in orders]
+        return (
+            self.table("squares", np.array(squares)[:, None], like[0]),
+            self.table("weights", np.array(weights), like.new_zeros(())),
+        )
+
+    def _joint_integrals(
+        self, of_square: Callable[[Any], Sequence[Tensor]], squares: Tensor, weights: Tensor
+    ) -> list[list[Tensor]]:
+        # A matrix product is no part of the loop that computes the nodes, which it would repeat.
+        sums = [torch.tensordot(weights, part, dims=1) for part in of_square(squares)]
+        return [[total[i] for total in sums] for i in range(len(weights))]
 
     def _kernel(self, fn: Tensor, along: Tensor, beside: Tensor, rate: Tensor) -> Tensor:
         return pulsed_karger(fn, along, beside, rate, self._shares(fn), self._pulse(fn))

@@ -29,14 +29,13 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.physics.exchange import Exchange, _Roots, _roots, _slope_ratio
-from bids_gacelle.engine.physics.quadrature import powder_rule
+from bids_gacelle.engine.physics.quadrature import FloatArray
 
 Rule = list[tuple[float, float]]
 """Time and attenuation of the exponentials of one pulse, as shares of those of the pulse."""
 
 # Late steps, with the gradient's effect at its largest, are shorter: ends of steps at (i/n)^this.
 _GRADING = 0.85
-_MOST_STEPS = 200
 
 Pair = tuple[Tensor, Tensor]
 
@@ -75,43 +74,29 @@ def pulse_rule(n: int) -> Rule:
     return rule[1:]
 
 
-def pulse_steps(exponent: float, rate: float, error: float) -> int:
+def pulse_steps(exponent: FloatArray, rate: FloatArray, share: FloatArray, error: float) -> int:
     """Return how many steps a pulse needs.
 
     Parameters
     ----------
-    exponent, rate
-        The largest attenuation exponent of one pulse, and its largest ratio of duration to
-        exchange time.
+    exponent
+        (shells,) largest attenuation exponent b D of each shell.
+    rate
+        (shells,) largest ratio of pulse separation to exchange time.
+    share
+        (shells,) delta / Delta.
     error
-        Largest error of the powder average that may be made.
+        Largest error of a powder average that may be made.
 
     Notes
     -----
-    The error is measured, against twice the steps, over a grid of fractions, diffusivities and
-    exchange times.
+    With n steps no fraction, no smaller diffusivity and no longer exchange time was found to err
+    by more than 1.6e-3 s a (1 + r / 3) / n^4, where s is the share, a the exponent of one pulse
+    and r the rate during it.
     """
-    x, weight = (torch.tensor(v)[:, None, None, None, None] for v in powder_rule(exponent))
-
-    def axis(values: list[float], place: int) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).reshape(-1, *(1,) * place)
-
-    f = axis([0.05, 0.2, 0.4, 0.6, 0.8, 0.95], 3)
-    d1 = exponent * axis([0.1, 0.3, 1.0], 2) * x**2
-    d2 = exponent * axis([0.03, 0.1, 0.3, 1.0], 1)
-    rates = rate * axis([0.03, 0.1, 0.3, 0.6, 1.0], 0)
-
-    def ends(n: int) -> Tensor:
-        first, second = _after_pulse(pulse_rule(n), f, (d1, d2, rates))
-        return torch.stack((f * first**2, (1 - f) * second**2))
-
-    n = 2
-    while n < _MOST_STEPS:
-        found = float((weight * (ends(n) - ends(2 * n)).abs()).sum((0, 1)).max())
-        if found <= error:
-            return n
-        n = max(n + 1, int(n * (found / error) ** 0.25))
-    return _MOST_STEPS
+    pulse = exponent * share / (3 - share)
+    bound = 1.6e-3 * share * pulse * (1 + rate * share / 3)
+    return max(2, int(np.ceil((bound.max() / error) ** 0.25)))
 
 
 def pulsed_karger(
