@@ -46,6 +46,8 @@ class Settings:
     model_file: tuple[Path, ...] = ()
     combine_dwi: bool = False
     mask: Path | None = None
+    noise_map: Path | None = None
+    gradient_deviation: Path | None = None
     atlas: dict[str, Path] = field(default_factory=dict)
     small_delta: float | None = None
     big_delta: float | None = None

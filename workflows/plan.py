@@ -37,6 +37,8 @@ def make_plan(settings: Settings) -> Plan:
         filters=load_filter_file(settings.bids_filter_file) if settings.bids_filter_file else {},
         derivatives=settings.derivatives,
         mask=settings.mask,
+        noise_map=settings.noise_map,
+        gradient_deviation=settings.gradient_deviation,
         atlases=settings.atlas,
         combine_dwi=settings.combine_dwi,
         small_delta_ms=settings.small_delta,

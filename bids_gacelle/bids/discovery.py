@@ -69,6 +69,7 @@ def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> P
     bids_dir = bids_dir.absolute()
     subjects = _participants(bids_dir, options.participant_labels)
     sessions = _sessions(bids_dir, subjects, options)
+    _refuse_shared_maps(subjects, options)
     context = _open(bids_dir, subjects, options)
     findings: dict[Finding, None] = {}
     jobs: list[Job] = []
@@ -134,6 +135,19 @@ def _chosen(
     return [label for label in there if label in labels]
 
 
+def _refuse_shared_maps(subjects: Sequence[str], options: Options) -> None:
+    """Refuse one image for the voxels of several participants."""
+    given = {"--noise-map": options.noise_map, "--gradient-deviation": options.gradient_deviation}
+    beside = {"--noise-map": "desc-noise_dwimap", "--gradient-deviation": "graddev"}
+    for option, path in given.items():
+        if path and len(subjects) > 1:
+            raise InputError(
+                f"{option} {path} is an image of one participant, but {len(subjects)} are to be "
+                "fitted. Choose one with --participant-label, or give a derivative dataset (-d) "
+                f"with a *_{beside[option]}.nii.gz for each."
+            )
+
+
 def _open(bids_dir: Path, subjects: Sequence[str], options: Options) -> Context:
     queries = read_filters(options.filters)
     if not (math.isfinite(options.b0_threshold) and options.b0_threshold >= 0):
@@ -196,7 +210,8 @@ def _job(candidate: Candidate, need: ModelNeeds) -> tuple[Job, list[Finding]]:
         job = Job(series, need.name, str(problem), cause)
         return job, [_skipped(series, need.name, problem)]
     prefix = f"{_place(series)} {series.label}: "
-    findings = [_finding("warning", series, prefix + w + ".") for w in _warnings(candidate)]
+    warnings = _warnings(candidate, need)
+    findings = [_finding("warning", series, prefix + w + ".") for w in warnings]
     findings += [_finding("info", series, prefix + n + ".") for n in candidate.notes]
     return Job(series, need.name), findings
 
@@ -212,8 +227,13 @@ def _problem(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
     return few or times
 
 
-def _warnings(candidate: Candidate) -> list[str]:
+def _warnings(candidate: Candidate, need: ModelNeeds) -> list[str]:
     result = list(candidate.warnings)
+    if candidate.series.gradient_deviation and not need.takes_gradient_deviation:
+        result.append(
+            f"{need.name} is fitted with nominal b-values: it has no voxel input bscale for the "
+            "map of gradient deviations"
+        )
     if candidate.series.kind == "dwi" and not candidate.series.preprocessed:
         result.append(
             "fitted without preprocessing (raw dwi: no correction of noise, eddy currents, motion)"

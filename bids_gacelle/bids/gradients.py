@@ -15,7 +15,7 @@ _Float = npt.NDArray[np.float64]
 
 # As in the engine's signal preparation: b-values closer than this to their neighbour in the
 # sorted list are one shell.
-_B_GAP = (30.0, 0.05)  # s/mm^2, or this fraction of b, whichever is larger
+B_GAP = (30.0, 0.05)  # s/mm^2, or this fraction of b, whichever is larger
 _FEW = 5  # volumes: so few with low b may well be b=0 volumes only
 _TIMING_DIGITS = 1  # of times in ms
 
@@ -120,7 +120,7 @@ def shells(
     result = []
     for group in sorted(groups):
         ordered = np.sort(groups[group])
-        gap = np.maximum(_B_GAP[0], _B_GAP[1] * ordered[1:])
+        gap = np.maximum(B_GAP[0], B_GAP[1] * ordered[1:])
         pieces = np.split(ordered, np.flatnonzero(np.diff(ordered) > gap) + 1)
         result += [(float(piece.mean()), *group) for piece in pieces]
     return result

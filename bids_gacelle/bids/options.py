@@ -16,12 +16,14 @@ class ModelNeeds:
     """What a model must have to be fitted.
 
     ``minimum_measurements`` counts echoes (megre), flip angles (vfa) or shells (dwi).
+    ``takes_gradient_deviation`` is False for a dwi model that has only nominal b-values.
     """
 
     name: str
     kind: Kind
     needs_diffusion_times: bool = False
     minimum_measurements: int = 2
+    takes_gradient_deviation: bool = True
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Options:
     filters: Mapping[str, Any] = field(default_factory=dict)
     derivatives: Mapping[str, Path] = field(default_factory=dict)
     mask: Path | None = None
+    noise_map: Path | None = None
+    gradient_deviation: Path | None = None
     atlases: Mapping[str, Path] = field(default_factory=dict)
     combine_dwi: bool = False
     small_delta_ms: float | None = None

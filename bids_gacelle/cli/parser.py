@@ -95,7 +95,7 @@ def _select(parser: argparse.ArgumentParser) -> None:
         "--bids-filter-file",
         type=argtypes.existing_path,
         metavar="FILE",
-        help="JSON with entities per query: megre, vfa, mpm, tb1, dwi, mask, dseg",
+        help="JSON with entities per query: megre, vfa, mpm, tb1, dwi, mask, dseg, noise, graddev",
     )
     group.add_argument(
         "--dry-run",
@@ -131,6 +131,20 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         help="segmentation on the grid of the maps, for ROI tables; names from the .tsv beside it",
     )
     group.add_argument(
+        "--noise-map",
+        type=argtypes.existing_path,
+        metavar="FILE",
+        help="standard deviation of the noise of one dwi volume, in the unit of the images "
+        "(default: a *_desc-noise_* beside the images, else estimated from them)",
+    )
+    group.add_argument(
+        "--gradient-deviation",
+        type=argtypes.existing_path,
+        metavar="FILE",
+        help="gradient nonlinearity in 9 volumes, HCP's grad_dev.nii.gz (default: a *_graddev "
+        "beside the images)",
+    )
+    group.add_argument(
         "--combine-dwi",
         action="store_true",
         help="fit all dwi runs of a session together (each normalised by its own b0)",
@@ -164,8 +178,8 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         "--ignore",
         nargs="+",
         action="extend",
-        choices=("tb1",),
-        help="leave out an input that is there: tb1 (the B1 map)",
+        choices=("tb1", "noise", "graddev"),
+        help="leave out an input that is there: the B1 map, noise map or gradient deviations",
     )
     group.add_argument(
         "--bids-database-dir",

@@ -103,6 +103,7 @@ def needs_of(name: str) -> ModelNeeds:
         kind=model.kind,
         needs_diffusion_times=model.needs_diffusion_times,
         minimum_measurements=model.minimum_measurements,
+        takes_gradient_deviation="bscale" in model.voxel_inputs,
     )
 
 
