@@ -52,6 +52,8 @@ class Settings:
     small_delta: float | None = None
     big_delta: float | None = None
     timing_file: Path | None = None
+    scheme_file: Path | None = None
+    write_scheme: bool = False
     b0_threshold: float = 100.0
     assume_ms: tuple[str, ...] = ()
     solver: str = "lm"

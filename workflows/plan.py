@@ -44,6 +44,7 @@ def make_plan(settings: Settings) -> Plan:
         small_delta_ms=settings.small_delta,
         big_delta_ms=settings.big_delta,
         timing_file=settings.timing_file,
+        scheme_file=settings.scheme_file,
         b0_threshold=settings.b0_threshold,
         assume_ms=settings.assume_ms,
         database_dir=settings.bids_database_dir,

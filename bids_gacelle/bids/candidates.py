@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from bids_gacelle.bids.concatenation import RunImage
-from bids_gacelle.bids.files import BidsFile, Dataset
+from bids_gacelle.bids.files import BidsFile, Dataset, loose_file
 from bids_gacelle.bids.gradients import (
     NotWeighted,
     check_b_values,
@@ -23,6 +24,7 @@ from bids_gacelle.bids.metadata import MetadataError, Sidecars, constant_fields,
 from bids_gacelle.bids.names import reference_path
 from bids_gacelle.bids.options import Context
 from bids_gacelle.bids.queries import matches
+from bids_gacelle.bids.schemes import read_scheme
 from bids_gacelle.bids.series import DwiRun, Kind, Series, Sourced
 from bids_gacelle.bids.timing import differing_times, resolve_timing
 
@@ -311,7 +313,7 @@ def _dwi_run(image: BidsFile, context: Context) -> Candidate:
     )
     start = Candidate(series, (image,))
     try:
-        bval, bvec = (_gradient_file(dataset, image, e) for e in (".bval", ".bvec"))
+        bval, bvec = _gradient_files(dataset, image, context.options.scheme_file)
         b, _ = read_gradients(bval.path, bvec.path)
         check_b_values(b, threshold, bval.label, bval.path)
         run = RunImage(dataset, image, b, threshold)
@@ -335,7 +337,7 @@ def _dwi_run(image: BidsFile, context: Context) -> Candidate:
         measurements=tuple(_shell_name(s) for s in found),
         timing_problem=timing.problem,
         warnings=timing.warnings,
-        notes=timing.notes,
+        notes=timing.notes + _scheme_notes(bval, context.options.scheme_file),
         overruled=timing.overruled,
     )
 
@@ -343,6 +345,23 @@ def _dwi_run(image: BidsFile, context: Context) -> Candidate:
 def _shell_name(shell: Sequence[float]) -> str:
     times = "".join(f", {n} {t:g} ms" for n, t in zip(("Delta", "delta"), shell[1:], strict=False))
     return f"b {shell[0]:.0f} s/mm^2{times}"
+
+
+def _gradient_files(
+    dataset: Dataset, image: BidsFile, scheme: Path | None
+) -> tuple[BidsFile, BidsFile]:
+    """Files of b-values and directions: those of the dataset, else a scheme file for both."""
+    try:
+        return _gradient_file(dataset, image, ".bval"), _gradient_file(dataset, image, ".bvec")
+    except MetadataError:
+        if scheme is None:
+            raise
+        return loose_file(scheme), loose_file(scheme)
+
+
+def _scheme_notes(bval: BidsFile, scheme: Path | None) -> tuple[str, ...]:
+    note = read_scheme(bval.path).note if bval.path == scheme else ""
+    return (note,) if note else ()
 
 
 def _gradient_file(dataset: Dataset, image: BidsFile, extension: str) -> BidsFile:

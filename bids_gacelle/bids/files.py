@@ -81,6 +81,11 @@ def parse_file(path: Path, root: Path, dataset: str) -> BidsFile:
     return BidsFile(dataset, root, path, entities, suffix, dot + extension)
 
 
+def loose_file(path: Path) -> BidsFile:
+    """A file that was given by its path and is of no dataset."""
+    return BidsFile("raw", path.parent, path, {}, path.stem, path.suffix)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A dataset: its name in BIDS URIs, its root, and the files that were indexed."""

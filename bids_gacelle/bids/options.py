@@ -42,6 +42,7 @@ class Options:
     small_delta_ms: float | None = None
     big_delta_ms: float | None = None
     timing_file: Path | None = None
+    scheme_file: Path | None = None
     b0_threshold: float = 100.0
     assume_ms: tuple[str, ...] = ()
     database_dir: Path | None = None

@@ -1,8 +1,8 @@
 """Diffusion times of a dwi run: the first source that has them wins, and is written down.
 
-Order: command line, ``--timing-file``, the sidecar fields ``SmallDelta`` with ``BigDelta`` or
-``LargeDelta``, text files ``.smalldelta`` and ``.bigdelta`` beside the image, and for
-preprocessed images the same in the raw runs, put in the order in which these were joined.
+Order: command line, ``--timing-file``, ``--scheme-file``, the sidecar fields ``SmallDelta`` with
+``BigDelta`` or ``LargeDelta``, text files ``.smalldelta`` and ``.bigdelta`` beside the image, and
+for preprocessed images the same in the raw runs, put in the order in which these were joined.
 Numbers are in s; numbers of 1 or more can only be ms and are read so with a warning.
 """
 
@@ -17,8 +17,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bids_gacelle.bids.concatenation import RunImage, joined_values, value_range
-from bids_gacelle.bids.files import BidsFile
+from bids_gacelle.bids.concatenation import (
+    RunImage,
+    joined_values,
+    same_b_values,
+    value_range,
+)
+from bids_gacelle.bids.files import BidsFile, loose_file
 from bids_gacelle.bids.gradients import read_numbers
 from bids_gacelle.bids.metadata import (
     Found,
@@ -29,6 +34,7 @@ from bids_gacelle.bids.metadata import (
     per_volume,
 )
 from bids_gacelle.bids.options import Options
+from bids_gacelle.bids.schemes import read_scheme
 from bids_gacelle.bids.series import Sourced
 
 _FIELDS = {"SmallDelta": ("SmallDelta",), "BigDelta": ("BigDelta", "LargeDelta")}
@@ -101,7 +107,7 @@ def _resolve(
     if own is None:
         return _from_parents(field, run, parents, options, warn)
     times = _in_ms(*own, run, options, warn)
-    if len(times.values) > 1 or options.timing_file == own[0].file.path:
+    if len(times.values) > 1 or own[0].file.path in (options.timing_file, options.scheme_file):
         return times
     return _or_from_differing(field, times, own[0].file, run, parents, options, warn)
 
@@ -174,6 +180,8 @@ def _candidates(field: str, run: RunImage, options: Options) -> Iterator[tuple[F
         column := _timing_column(field, options.timing_file, len(run.weighted))
     ):
         yield column, field
+    if options.scheme_file and (column := _scheme_column(field, options.scheme_file, run)):
+        yield column, field
     for name in _FIELDS[field]:
         if found := run.sidecars.find(name):
             yield found, name
@@ -237,7 +245,8 @@ def _times_of(
     field: str, parent: RunImage, options: Options, warn: Callable[[str], None]
 ) -> Sourced | None:
     """Times of a raw run; files of the command line are about what was made of it."""
-    found = next(_candidates(field, parent, replace(options, timing_file=None)), None)
+    of_raw = replace(options, timing_file=None, scheme_file=None)
+    found = next(_candidates(field, parent, of_raw), None)
     return _in_ms(*found, parent, options, warn) if found else None
 
 
@@ -326,6 +335,8 @@ def _echo_time(
         column := _timing_column("EchoTime", options.timing_file, len(run.b))
     ):
         return _echoes(column, run, options)
+    if options.scheme_file and (column := _scheme_column("EchoTime", options.scheme_file, run)):
+        return _echoes(column, run, options)
     found = run.sidecars.find("EchoTime")
     own = _echoes(found, run, options) if found else None
     if own and len(own.values) > 1:
@@ -378,4 +389,19 @@ def _timing_column(field: str, path: Path, n: int) -> Found | None:
             path,
         )
     column = [number_of[first + i] for i in range(n)]
-    return Found(column, BidsFile("raw", path.parent, path, {}, path.stem, path.suffix))
+    return Found(column, loose_file(path))
+
+
+def _scheme_column(field: str, path: Path, run: RunImage) -> Found | None:
+    """Read the times of a scheme file, which must be of these volumes."""
+    table = read_scheme(path)
+    if not same_b_values(run.b, table.b, run.b0_threshold):
+        raise MetadataError(
+            f"Scheme file {path} is not of `{run.image.label}`: it has {len(table.b)} volumes "
+            f"with b up to {table.b.max():.0f} s/mm^2, the image {len(run.b)} with b up to "
+            f"{run.b.max():.0f}, and they must agree one by one.",
+            path,
+        )
+    name = {"BigDelta": "big_delta", "SmallDelta": "small_delta", "EchoTime": "echo_time"}[field]
+    column = getattr(table, name)
+    return None if column is None else Found(column.tolist(), loose_file(path))

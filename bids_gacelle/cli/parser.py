@@ -162,6 +162,13 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         help="TSV with a row per dwi volume: volume SmallDelta BigDelta [EchoTime], in s",
     )
     group.add_argument(
+        "--scheme-file",
+        type=argtypes.existing_path,
+        metavar="FILE",
+        help="Camino or AMICO scheme of the dwi images: gradients where they have no bval and "
+        "bvec, and times in place of those in their sidecars",
+    )
+    group.add_argument(
         "--b0-threshold",
         type=float,
         metavar="B",
@@ -265,6 +272,11 @@ def _run(parser: argparse.ArgumentParser) -> None:
         "-w", "--work-dir", type=argtypes.any_path, metavar="DIR", help="intermediate files"
     )
     group.add_argument("--keep-work", action="store_true", help="keep them afterwards")
+    group.add_argument(
+        "--write-scheme",
+        action="store_true",
+        help="also write the acquisition of each dwi series as a Camino scheme, for AMICO",
+    )
     group.add_argument(
         "--resume", action="store_true", help="skip fits whose inputs and options are unchanged"
     )
