@@ -16,6 +16,7 @@ from bids_gacelle.errors import InputError
 
 CHOICES = {
     "analysis_level": ("participant", "group"),
+    "input_type": ("bids", "hcpya", "ukb"),
     "solver": ("lm", "adam", "sgdm", "rmsprop", "linear"),
     "noise": ("gaussian", "rician"),
     "loss": ("l2", "l1", "huber"),
@@ -36,6 +37,7 @@ class Settings:
     bids_dir: Path
     output_dir: Path
     analysis_level: str = "participant"
+    input_type: str = "bids"
     participant_label: tuple[str, ...] = ()
     session_label: tuple[str, ...] = ()
     bids_filter_file: Path | None = None

@@ -32,6 +32,7 @@ def make_plan(settings: Settings) -> Plan:
     models = select_models(settings.models, settings.solver)
     check_options(models, settings.model_options, settings.solver)
     options = Options(
+        input_type=settings.input_type,
         participant_labels=settings.participant_label,
         session_labels=settings.session_label,
         filters=load_filter_file(settings.bids_filter_file) if settings.bids_filter_file else {},

@@ -34,6 +34,8 @@ class BidsFile:
     entities: dict[str, str] = field(hash=False)
     suffix: str
     extension: str
+    kept_in: str = ""
+    """Datatype, where the folder does not say it."""
 
     @property
     def subject(self) -> str:
@@ -48,6 +50,8 @@ class BidsFile:
     @property
     def datatype(self) -> str:
         """The folder: ``anat``, ``dwi``, ``fmap``; "" at the level of subjects or above."""
+        if self.kept_in:
+            return self.kept_in
         folder = self.path.parent.name
         return (
             "" if self.path.parent == self.root or folder.startswith(("sub-", "ses-")) else folder

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bids_gacelle.bids.files import Dataset
+from bids_gacelle.bids.files import Dataset, session_labels
+from bids_gacelle.bids.layouts import Visit
 from bids_gacelle.bids.series import Kind
 
 
@@ -30,6 +31,7 @@ class ModelNeeds:
 class Options:
     """Which part of the dataset is used and how; the defaults ask for all of it."""
 
+    input_type: str = "bids"
     participant_labels: tuple[str, ...] = ()
     session_labels: tuple[str, ...] = ()
     filters: Mapping[str, Any] = field(default_factory=dict)
@@ -57,11 +59,18 @@ class Context:
     derivatives: tuple[Dataset, ...]
     options: Options
     queries: Mapping[str, Mapping[str, Any]]
+    visits: tuple[Visit, ...] = ()
+    """Folders of the participants where the data are no BIDS dataset."""
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
         """All datasets, those given by the user first: what they hold was chosen for this run."""
         return (*self.derivatives, self.raw)
+
+    def sessions(self, subject: str) -> set[str]:
+        """Labels of all sessions of a participant, in any of the datasets."""
+        found = {label for d in self.datasets for label in session_labels(d.root, subject)}
+        return found | {v.session for v in self.visits if v.subject == subject and v.session}
 
     def dataset(self, name: str) -> Dataset:
         """Look up a dataset by its name."""

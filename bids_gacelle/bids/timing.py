@@ -25,6 +25,7 @@ from bids_gacelle.bids.concatenation import (
 )
 from bids_gacelle.bids.files import BidsFile, loose_file
 from bids_gacelle.bids.gradients import read_numbers
+from bids_gacelle.bids.layouts import LAYOUTS
 from bids_gacelle.bids.metadata import (
     Found,
     MetadataError,
@@ -85,9 +86,8 @@ def resolve_timing(run: RunImage, parents: Sequence[RunImage], options: Options)
             _check_order(small, big, run)
             notes = tuple(_joined_notes(run, {"SmallDelta": small, "BigDelta": big}, echo_time))
             return Timing(small, big, echo_time, tuple(warnings), notes, None, overruled)
-        problem = _missing(
-            run, parents, [f for f, v in zip(_FIELDS, (small, big), strict=True) if not v]
-        )
+        absent = [f for f, v in zip(_FIELDS, (small, big), strict=True) if not v]
+        problem = _missing(run, parents, absent, options)
     except MetadataError as error:
         problem = error
     notes = tuple(_joined_notes(run, {}, echo_time))
@@ -310,15 +310,18 @@ def _check_order(small: Sourced, big: Sourced, run: RunImage) -> None:
         )
 
 
-def _missing(run: RunImage, parents: Sequence[RunImage], fields: Sequence[str]) -> MetadataError:
+def _missing(
+    run: RunImage, parents: Sequence[RunImage], fields: Sequence[str], options: Options
+) -> MetadataError:
     looked_in = [run.sidecars.looked_in()]
     looked_in += [f"{p.sidecars.looked_in()} of the raw run" for p in parents if p.weighted.any()]
     add = ", ".join(f'"{f}": {_EXAMPLES[f]}' for f in fields)
     flags = " ".join(f"{_OPTIONS[f]} {float(_EXAMPLES[f]) * 1000:g}ms" for f in fields)
+    hint = LAYOUTS[options.input_type].hint if options.input_type in LAYOUTS else ""
     return MetadataError(
         f"{' and '.join(f'`{f}`' for f in fields)} missing for `{run.image.label}`. Looked in: "
         f"{'; '.join(looked_in)}. Add e.g. {add} (s) to {run.image.sibling('.json').name}, or "
-        f"pass {flags}.",
+        f"pass {flags}.{hint}",
         run.image.path,
         fields[0],
     )

@@ -58,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _select(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to work on")
     group.add_argument(
+        "--input-type",
+        choices=CHOICES["input_type"],
+        help="what BIDS_DIR is: bids (default), or the folder of all participants of the Human "
+        "Connectome Project (hcpya) or of UK Biobank (ukb)",
+    )
+    group.add_argument(
         "--participant-label",
         "--participant_label",
         "--subject-label",
