@@ -121,6 +121,11 @@ class Series:
     """Constant acquisition fields copied to sidecars (MagneticFieldStrength, ...)."""
 
     @property
+    def has_diffusion_times(self) -> bool:
+        """Whether pulse duration and separation of every dwi run are known."""
+        return bool(self.dwi_runs) and all(r.small_delta and r.big_delta for r in self.dwi_runs)
+
+    @property
     def label(self) -> str:
         """Short name for tables and log lines: ``megre``, ``dwi acq-b2k run-1``."""
         keep = " ".join(f"{k}-{v}" for k, v in self.entities.items())

@@ -191,7 +191,8 @@ def methods_text(series: Series, model: Any, fitted: dict[str, Any], mask: dict[
         else "the residual variance of each voxel "
         f"({done.get('degrees_of_freedom')} degrees of freedom)"
     )
-    if done.get("sigma") == "given" and all(run.noise_map for run in series.dwi_runs):
+    noise_maps = [run.noise_map for run in series.dwi_runs]
+    if done.get("sigma") == "given" and noise_maps and all(noise_maps):
         sigma = "the noise map"
     b1 = " Flip angles were corrected with the B1 map." if series.b1_map is not None else ""
     if series.gradient_deviation is not None and "bscale" in model.voxel_inputs:

@@ -232,8 +232,8 @@ class WriteManifest(Step):
 
 def scheme_file(settings: Settings, series: Series) -> PurePosixPath | None:
     """Path of the scheme file to write: asked for, and the diffusion times are known."""
-    known = series.dwi_runs and all(r.small_delta and r.big_delta for r in series.dwi_runs)
-    return names.scheme_path(series) if settings.write_scheme and known else None
+    asked = settings.write_scheme and series.has_diffusion_times
+    return names.scheme_path(series) if asked else None
 
 
 def _scheme(series: Series) -> str:

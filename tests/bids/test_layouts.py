@@ -111,10 +111,8 @@ def test_ukb(tree, pick) -> None:
     masks = [[Path(p).name for p in j.series.mask.images] for j in jobs]
     assert masks[:2] == [["nodif_brain_mask_ud.nii.gz"], ["nodif_brain_mask.nii.gz"]]
     assert jobs[0].series.entities == {}
-    one = tree.discover(
-        input_type="ukb", session_labels=("0300",), participant_labels=("1234567",)
-    )
-    assert pick(one, "mcmicro").series.session == "0300"
+    one = {"session_labels": ("0300",), "participant_labels": ("1234567",)}
+    assert pick(tree.discover(input_type="ukb", **one), "mcmicro").series.session == "0300"
     with pytest.raises(InputError, match=r"No session '9' in .*it has 2: 0200, 0300"):
         tree.discover(input_type="ukb", session_labels=("9",))
 
