@@ -72,7 +72,12 @@ def _best(query: str, image: BidsFile, context: Context) -> BidsFile | None:
         for f in _about(query, image, context)
         if f.entities.get("space") == image.entities.get("space")
     ]
-    return max(found, key=lambda f: (f.session == image.session, len(_identity(f))), default=None)
+
+    def fits(file: BidsFile) -> tuple[bool, bool, int]:
+        same_resolution = file.entities.get("res") == image.entities.get("res")
+        return file.session == image.session, same_resolution, len(_identity(file))
+
+    return max(found, key=fits, default=None)
 
 
 def _about(query: str, image: BidsFile, context: Context) -> list[BidsFile]:

@@ -193,7 +193,7 @@ def gradient_tensor(path: str, mask: np.ndarray) -> np.ndarray:
     The nine volumes are the columns of L one after the other, as in HCP's ``grad_dev.nii.gz``
     (Sotiropoulos et al. 2013, doi:10.1016/j.neuroimage.2013.05.057: the x, y and z component of
     the field of the x gradient, then of y, of z) and as FSL reads it. QSIPrep's ``graddev`` has
-    I + L; what is near the identity is taken to be that.
+    the rows of I + L; what is near the identity is taken to be that.
 
     Parameters
     ----------
@@ -210,7 +210,7 @@ def gradient_tensor(path: str, mask: np.ndarray) -> np.ndarray:
         The values are no such fractions.
     """
     [(_, data)] = load_volumes([path])
-    tensor = data[mask].reshape(-1, 3, 3).transpose(0, 2, 1).astype(np.float64)
+    tensor = data[mask].reshape(-1, 3, 3).astype(np.float64)
     usual = np.nanmedian(tensor, axis=0)
     identity = np.eye(3)
     if np.abs(usual - identity).max() < _LARGE_DEVIATION:
@@ -222,7 +222,7 @@ def gradient_tensor(path: str, mask: np.ndarray) -> np.ndarray:
             "voxel), where fractions of the nominal gradient are needed. If they are percent, "
             "divide them by 100."
         )
-    return tensor
+    return tensor.transpose(0, 2, 1)
 
 
 def _b1(series: Series, reference: Any) -> np.ndarray:

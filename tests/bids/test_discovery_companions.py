@@ -58,6 +58,19 @@ def test_mask_with_most_entities_in_common(tree, other_tree, derived, pick) -> N
     ]
 
 
+def test_mask_of_the_same_resolution(tree, other_tree, derived, pick) -> None:
+    tree.dwi()
+    for res in ("1mm", "2mm"):
+        stem = f"sub-01/dwi/sub-01_space-ACPC_res-{res}_desc"
+        other_tree.dwi(f"{stem}-preproc_dwi")
+        other_tree.image(f"{stem}-brain_mask.nii.gz")
+    jobs = pick(derived(), "mcmicro", only=False)
+    assert [_names(j.series.mask.images) for j in jobs] == [
+        ["sub-01_space-ACPC_res-1mm_desc-brain_mask.nii.gz"],
+        ["sub-01_space-ACPC_res-2mm_desc-brain_mask.nii.gz"],
+    ]
+
+
 def test_mask_of_another_session_or_acquisition_is_not_taken(
     tree, other_tree, derived, pick
 ) -> None:
