@@ -131,7 +131,8 @@ def _overruled(
     own: Sourced | None = None
     for image in (run, *(p for p in parents if p.weighted.any())):
         try:
-            candidate = next(_candidates(field, image, options), None)
+            stated = options if image is run else _of_raw(options)
+            candidate = next(_candidates(field, image, stated), None)
             if not candidate:
                 continue
             found, name = candidate
@@ -241,12 +242,16 @@ def _from_parents(
     return joined_values(field, run, parents, times, "ms")
 
 
+def _of_raw(options: Options) -> Options:
+    """Options for a raw run: files of the command line are about what was made of it."""
+    return replace(options, timing_file=None, scheme_file=None)
+
+
 def _times_of(
     field: str, parent: RunImage, options: Options, warn: Callable[[str], None]
 ) -> Sourced | None:
-    """Times of a raw run; files of the command line are about what was made of it."""
-    of_raw = replace(options, timing_file=None, scheme_file=None)
-    found = next(_candidates(field, parent, of_raw), None)
+    """Times of a raw run."""
+    found = next(_candidates(field, parent, _of_raw(options)), None)
     return _in_ms(*found, parent, options, warn) if found else None
 
 

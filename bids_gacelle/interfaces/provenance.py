@@ -93,8 +93,8 @@ def sources(series: Series, datasets: dict[str, str]) -> list[str]:
     """BIDS URIs of the images the maps were computed from."""
     return [
         uri
-        for _, uri, _ in listed_inputs(series, datasets)
-        if not uri.endswith((".bval", ".bvec"))
+        for role, uri, _ in listed_inputs(series, datasets)
+        if not role.endswith((" bval", " bvec"))
     ]
 
 

@@ -123,6 +123,16 @@ def test_what_cannot_be_told_is_refused(joined, tree) -> None:
     assert joined(both, model="mcmicro").eligible  # needs no times
 
 
+def test_a_timing_file_is_of_the_joined_image(joined, tree, messages) -> None:
+    rows = "".join(f"{i}\t0.01\t0.0{i}\n" for i in range(1, 7))
+    timing = tree.text("t.tsv", "volume\tSmallDelta\tBigDelta\n" + rows)
+    both = f"{SHELLS['a']} {SHELLS['b']}"
+    (run,) = joined(both, timing_file=timing).series.dwi_runs
+    assert run.big_delta.values == pytest.approx((10, 20, 30, 40, 50, 60))
+    joined(both, timing_file=timing, small_delta_ms=10.0)
+    assert "t.tsv" not in messages(joined.plan, "warning")
+
+
 def test_runs_of_the_same_times_are_interchangeable(joined, tree) -> None:
     tree.json("sub-01/dwi/sub-01_acq-b_dwi.json", SmallDelta=0.01, BigDelta=0.02)
     (run,) = joined("0 1000 2000 3000 4000").series.dwi_runs  # no order is needed

@@ -90,7 +90,9 @@ def test_a_layout_gives_the_maps_of_the_same_data_in_bids(
         assert (expected > 0).all()
     sidecar = json.loads((out / (MAP.format(subject, entities, "") + ".json")).read_text())
     assert sidecar["Preprocessed"] is True
-    assert f"bids:raw:{folder}/data.nii.gz" in sidecar["Sources"]
+    assert sidecar["Sources"] == [
+        f"bids:raw:{folder}/{name}.nii.gz" for name in ("data", "nodif_brain_mask")
+    ]
     assert bids_errors(out) == []
 
 
