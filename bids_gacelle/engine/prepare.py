@@ -10,7 +10,7 @@ signal is common to all shells that it divides; it is handed on apart from their
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -78,6 +78,7 @@ class PreparedDwi:
     scale_group : (M,) row of ``scale_sigma`` whose b=0 signal divides the measurement.
     b0 : (voxels,) mean b=0 signal of the first run (its shortest echo time), input units.
     usable : (voxels,) every average is finite and every b=0 average positive.
+    noise_source : what ``sigma`` comes from, in words.
     warnings : sentences for the user.
     """
 
@@ -88,6 +89,7 @@ class PreparedDwi:
     scale_group: _Index
     b0: npt.NDArray[np.float32]
     usable: npt.NDArray[np.bool_]
+    noise_source: str = "unknown"
     warnings: list[str] = field(default_factory=list)
 
 
@@ -123,6 +125,7 @@ def prepare_dwi(
     l_max: int = 0,
     b0_threshold: float = 100.0,
     powder: Powder = "auto",
+    noise: Sequence[_Float | None] | None = None,
 ) -> PreparedDwi:
     """Shells, b=0 normalisation, powder averages and rotational invariants with their noise.
 
@@ -131,8 +134,8 @@ def prepare_dwi(
     the directions are uneven (``||mean(g g^T) - I/3|| > 0.03``) and still determine that fit.
     S_l = sqrt(sum_m f_lm^2) / sqrt(4 pi (2l+1)) with f_lm the coefficients in real orthonormal SH
     (order 6, Laplace-Beltrami penalty on l > max(2, l_max) only, so that S_2 is never shrunk).
-    The noise of a run is pooled per voxel from its b=0 repeats and from the residuals of SH fits
-    to the shells with enough directions, and propagated through all of this.
+    The noise of a run, unless given, is pooled per voxel from its b=0 repeats and from the
+    residuals of SH fits to the shells with enough directions, and propagated through all of this.
 
     Parameters
     ----------
@@ -141,11 +144,14 @@ def prepare_dwi(
     l_max : 0, or the highest even order of the invariants.
     b0_threshold : s/mm^2, from 0 up; volumes up to this b are b=0.
     powder : "auto" (above), "mean" or "sh" for all shells.
+    noise : standard deviation of one volume of each run, (voxels,) in the unit of its signal, or
+        None for a run whose noise is to be estimated. Values that are not positive and finite are
+        no values: the estimate, or where there is none the median of the others, replaces them.
 
     Raises
     ------
     EngineError
-        When gradients, timing or shells cannot be used; the message names run and volume or
+        When noise, gradients, timing or shells cannot be used; the message names run and volume or
         shell.
     """
     if not (np.isfinite(b0_threshold) and b0_threshold >= 0):
@@ -158,6 +164,9 @@ def prepare_dwi(
         raise EngineError(f"l_max must be 0 or even, found {l_max}")
     if len({run.signal.shape[1:] for run in runs}) > 1:
         raise EngineError(f"the runs differ in voxels: {[run.signal.shape[1] for run in runs]}")
+    given = [None] * len(runs) if noise is None else list(noise)
+    if len(given) != len(runs):
+        raise EngineError(f"there are {len(runs)} dwi runs but {len(given)} noise levels")
     warnings: list[str] = []
     parts, shells = [], []
     for number, run in enumerate(runs, start=1):
@@ -165,15 +174,18 @@ def prepare_dwi(
         found, notes = _find_shells(run, b0_threshold, name)
         estimators = [_estimator(shell, l_max, powder, name) for shell in found]
         warnings += notes + _direction_warnings(found, estimators, name)
-        parts.append(_Run(run.signal, found, estimators))
+        part = _Run(run.signal, found, estimators)
+        level, notes = _given_noise(given[number - 1], part, name)
+        parts.append(replace(part, noise=level))
+        warnings += notes
         shells += found
-    sigma_known = all(part.degrees_of_freedom >= _MIN_DEGREES_OF_FREEDOM for part in parts)
+    sigma_known = all(part.noise is not None or part.noise_estimable for part in parts)
     if not sigma_known:
+        few = min(part.degrees_of_freedom for part in parts if part.noise is None)
         warnings.append(
             "noise not estimated: too few b=0 repeats and directions "
-            f"({min(part.degrees_of_freedom for part in parts)} degrees of freedom, "
-            f"{_MIN_DEGREES_OF_FREEDOM} needed); standard deviations of maps leave out that of "
-            "the b=0 signal"
+            f"({few} degrees of freedom, {_MIN_DEGREES_OF_FREEDOM} needed); standard deviations "
+            "of maps leave out that of the b=0 signal"
         )
     return _measure(parts, l_max, sigma_known, _scheme(shells), warnings)
 
@@ -477,6 +489,7 @@ class _Run:
     signal: npt.NDArray[np.float32]
     shells: list[_Shell]
     estimators: list[_Estimator]
+    noise: _Float | None = None  # (voxels,) as given; NaN: take the estimate
 
     @property
     def b0_groups(self) -> list[_Index]:
@@ -494,6 +507,43 @@ class _Run:
     def degrees_of_freedom(self) -> int:
         repeats = sum(len(group) - 1 for group in self.b0_groups)
         return repeats + sum(e.degrees_of_freedom for e in self.estimators)
+
+    @property
+    def noise_estimable(self) -> bool:
+        return self.degrees_of_freedom >= _MIN_DEGREES_OF_FREEDOM
+
+    @property
+    def noise_source(self) -> str:
+        if self.noise is not None:
+            return "noise map"
+        sources = []
+        if any(len(group) > 1 for group in self.b0_groups):
+            sources.append("b=0 repeats")
+        if any(estimator.degrees_of_freedom for estimator in self.estimators):
+            sources.append("SH residuals")
+        return " and ".join(sources)
+
+
+def _given_noise(noise: _Float | None, part: _Run, name: str) -> tuple[_Float | None, list[str]]:
+    """Check a given noise level: NaN where it has no value and the estimate stands in."""
+    if noise is None:
+        return None, []
+    voxels = part.signal.shape[1]
+    level = np.array(noise, np.float64)
+    if level.shape != (voxels,):
+        raise EngineError(
+            f"{name} has {voxels} voxels, but its noise level has the shape {level.shape}"
+        )
+    absent = ~(np.isfinite(level) & (level > 0))
+    if absent.all():
+        raise EngineError(f"the noise level of {name} has no positive value in any voxel")
+    if not absent.any():
+        return level, []
+    estimable = part.noise_estimable
+    level[absent] = np.nan if estimable else np.median(level[~absent])
+    instead = f"from {part.noise_source}" if estimable else "as the median of all others"
+    note = f"{name}: the noise level has no positive value in {absent.sum()} of {voxels} voxels"
+    return level, [f"{note}; it was taken {instead} there"]
 
 
 def _measure(
@@ -536,8 +586,17 @@ def _measure(
         scale_group=np.tile(group, orders),
         b0=b0,
         usable=usable,
+        noise_source=_noise_source(parts) if sigma_known else "unknown",
         warnings=warnings,
     )
+
+
+def _noise_source(parts: list[_Run]) -> str:
+    """Say where the noise comes from; run by run where runs differ."""
+    sources = [part.noise_source for part in parts]
+    if len(set(sources)) == 1:
+        return sources[0]
+    return "; ".join(f"run {i}: {source}" for i, source in enumerate(sources, start=1))
 
 
 def _groups(parts: list[_Run]) -> _Index:
@@ -567,7 +626,7 @@ def _measure_run(part: _Run, block: slice, sigma_known: bool) -> _Measured:
     number = np.array([len(group) for group in part.b0_groups])[:, None]
     # Infinities and zeros in the background are expected; they end as "not usable".
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        noise = np.sqrt(_noise_variance(part, y)) if sigma_known else np.zeros(y.shape[1])
+        noise = _noise(part, y, block) if sigma_known else np.zeros(y.shape[1])
         references = np.stack([y[group].mean(axis=0) for group in part.b0_groups])
         b0 = references[part.b0_group]
         for i, (shell, estimator) in enumerate(zip(part.shells, part.estimators, strict=True)):
@@ -594,6 +653,16 @@ def _invariant(matrix: _Float, x: _Float, degree: int) -> tuple[_Float, _Float]:
     along = np.sum(f * (covariance @ f), axis=0) / np.where(power > 0, power, 1.0)
     along = np.where(power > 0, along, np.trace(covariance) / (2 * degree + 1))
     return np.sqrt(power / scale), along / scale
+
+
+def _noise(part: _Run, y: _Float, block: slice) -> _Float:
+    """Return the standard deviation of one volume: as given, else as estimated."""
+    if part.noise is None:
+        return np.sqrt(_noise_variance(part, y))
+    given = part.noise[block]
+    if not np.isnan(given).any():
+        return given
+    return np.where(np.isnan(given), np.sqrt(_noise_variance(part, y)), given)
 
 
 def _noise_variance(part: _Run, y: _Float) -> _Float:

@@ -25,6 +25,10 @@ from bids_gacelle.interfaces.collect import reference_image
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes, resample_to
 
+_OTHER_SCALE = 5.0  # denoising and interpolation alone do not change the noise by more
+_ENOUGH_B0 = 4
+_LARGE_DEVIATION = 0.5  # gradients of real coils are off by less, inside of a head
+
 SCHEMES = {"GradientEchoScheme": GradientEchoScheme, "DiffusionScheme": DiffusionScheme}
 
 
@@ -53,9 +57,16 @@ class PrepareSignals(Step):
         prepared: dict[str, Any] = {"sigma": "", "inputs": {}, "warnings": []}
         scheme: GradientEchoScheme | DiffusionScheme
         if series.kind == "dwi":
-            result, prepared["l_max_error"] = self._prepare_dwi(series, signals, settings)
+            runs = _dwi_volumes(series, signals)
+            noise, warnings = _noise(series, runs, mask, settings.b0_threshold)
+            result, prepared["l_max_error"] = self._prepare_dwi(series, runs, noise, settings)
             scheme, signals = result.scheme, result.signals
-            prepared["warnings"] = list(result.warnings)
+            prepared["warnings"] = [*warnings, *result.warnings]
+            prepared["noise_source"] = result.noise_source
+            if settings.write_scheme and not series.has_diffusion_times:
+                prepared["warnings"].append(
+                    "no scheme file is written: SmallDelta or BigDelta is unknown"
+                )
             if result.sigma is not None and result.scale_sigma is not None:
                 prepared["sigma"] = _save(cwd / "sigma.npy", result.sigma)
                 prepared["scale_sigma"] = _save(cwd / "scale_sigma.npy", result.scale_sigma)
@@ -78,17 +89,21 @@ class PrepareSignals(Step):
         return {"prepared": prepared}
 
     def _prepare_dwi(
-        self, series: Series, signals: np.ndarray, settings: Settings
+        self,
+        series: Series,
+        runs: list[DwiVolumes],
+        noise: list[np.ndarray | None],
+        settings: Settings,
     ) -> tuple[PreparedDwi, str]:
         """Prepare up to the highest order asked for, or powder averages alone and why.
 
         Models that fit powder averages must not suffer from a shell with few directions.
         """
-        volumes = _dwi_volumes(series, signals)
         problem = ""
         for l_max in dict.fromkeys((self.inputs.l_max, 0)):
             try:
-                return prepare_dwi(volumes, l_max, settings.b0_threshold), problem
+                prepared = prepare_dwi(runs, l_max, settings.b0_threshold, noise=noise)
+                return prepared, problem
             except EngineError as error:
                 problem = problem or str(error)
         raise InputError(f"sub-{series.subject} {series.label}: {problem}")
@@ -134,6 +149,80 @@ def _dwi_volumes(series: Series, signals: np.ndarray) -> list[DwiVolumes]:
 
 def _per_volume(value: Sourced | None, n: int) -> np.ndarray | None:
     return None if value is None else np.broadcast_to(np.asarray(value.values, float), n)
+
+
+def _noise(
+    series: Series, runs: list[DwiVolumes], mask: np.ndarray, b0_threshold: float
+) -> tuple[list[np.ndarray | None], list[str]]:
+    """Noise maps of the runs inside the mask (None: there is none), and doubts about them."""
+    levels: list[np.ndarray | None] = []
+    warnings = []
+    for run, volumes in zip(series.dwi_runs, runs, strict=True):
+        if run.noise_map is None:
+            levels.append(None)
+            continue
+        [(_, data)] = load_volumes([run.noise_map.image])
+        level = data.reshape(data.shape[:3])[mask]
+        levels.append(level)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = level / _spread(volumes, b0_threshold)
+        compared = ratio[np.isfinite(ratio) & (ratio > 0)]
+        usual = np.median(compared) if compared.size else 1.0
+        if not 1 / _OTHER_SCALE < usual < _OTHER_SCALE:
+            warnings.append(
+                f"the noise map {Path(run.noise_map.image).name} is {usual:.2g} times the spread "
+                "of the b=0 images (median): it seems to be of images in another unit, such as "
+                "before their intensities were scaled. --ignore noise estimates the noise instead"
+            )
+    return levels, warnings
+
+
+def _spread(run: DwiVolumes, b0_threshold: float) -> np.ndarray:
+    """Standard deviation over the b=0 images of one echo time, NaN where they are too few."""
+    low = run.bval <= b0_threshold
+    if run.echo_time is not None:
+        low &= np.isclose(run.echo_time, run.echo_time[low][0], rtol=0, atol=1e-4)
+    if low.sum() < _ENOUGH_B0:
+        return np.full(run.signal.shape[1], np.nan)
+    return run.signal[low].astype(np.float64).std(axis=0, ddof=1)
+
+
+def gradient_tensor(path: str, mask: np.ndarray) -> np.ndarray:
+    """Deviation L of the diffusion gradients: a voxel sees (I + L) g where g is nominal.
+
+    The nine volumes are the columns of L one after the other, as in HCP's ``grad_dev.nii.gz``
+    (Sotiropoulos et al. 2013, doi:10.1016/j.neuroimage.2013.05.057: the x, y and z component of
+    the field of the x gradient, then of y, of z) and as FSL reads it. QSIPrep's ``graddev`` has
+    the rows of I + L; what is near the identity is taken to be that.
+
+    Parameters
+    ----------
+    path : 4D image.
+    mask : (x, y, z)
+
+    Returns
+    -------
+    (voxels, 3, 3), NaN where the map has no value.
+
+    Raises
+    ------
+    InputError
+        The values are no such fractions.
+    """
+    [(_, data)] = load_volumes([path])
+    tensor = data[mask].reshape(-1, 3, 3).astype(np.float64)
+    usual = np.nanmedian(tensor, axis=0)
+    identity = np.eye(3)
+    if np.abs(usual - identity).max() < _LARGE_DEVIATION:
+        return np.asarray(tensor - identity)
+    size = np.nanmedian(np.abs(tensor).max(axis=(1, 2)))
+    if not size < _LARGE_DEVIATION:  # NaN too
+        raise InputError(
+            f"The gradient deviations of {path} are {size:.3g} (median of the largest of each "
+            "voxel), where fractions of the nominal gradient are needed. If they are percent, "
+            "divide them by 100."
+        )
+    return tensor.transpose(0, 2, 1)
 
 
 def _b1(series: Series, reference: Any) -> np.ndarray:

@@ -235,6 +235,41 @@ def test_repeated_directions_give_the_noise():
         assert abs(np.sqrt(np.mean(noise**2)) / 0.05 - 1) < 0.1
 
 
+def test_given_noise_replaces_the_estimate():
+    g = even_directions(30)
+    runs = [volumes([(1000, g)], noise=0.03, voxels=40, seed=s) for s in (1, 2)]
+    estimated = prepare_dwi(runs)
+    assert estimated.noise_source == "b=0 repeats and SH residuals"
+    level = np.linspace(1, 9, 40)
+    level[:3] = np.nan, 0, np.inf
+    given = prepare_dwi(runs, noise=[level, None])
+    assert given.noise_source == "run 1: noise map; run 2: b=0 repeats and SH residuals"
+    np.testing.assert_array_equal(given.signals, estimated.signals)
+    np.testing.assert_array_equal(given.sigma[1], estimated.sigma[1])
+    np.testing.assert_array_equal(given.sigma[0, :3], estimated.sigma[0, :3])
+    b0 = runs[0].signal[:6].mean(axis=0)
+    np.testing.assert_allclose(given.sigma[0, 3:], (level / b0 / np.sqrt(30))[3:], rtol=1e-5)
+    np.testing.assert_allclose(given.scale_sigma[0, 3:], (level / b0 / np.sqrt(6))[3:], rtol=1e-5)
+    assert [w for w in given.warnings if "3 of 40 voxels" in w and "b=0 repeats" in w]
+
+
+def test_given_noise_where_none_can_be_estimated():
+    run = volumes([(1000, even_directions(9))], n_b0=3, noise=0.02, voxels=5)
+    assert prepare_dwi([run]).noise_source == "unknown"
+    prepared = prepare_dwi([run], noise=[np.array([1.0, 2.0, 3.0, np.nan, 4.0])])
+    assert prepared.noise_source == "noise map"
+    assert not any("not estimated" in w for w in prepared.warnings)
+    b0 = run.signal[:3].mean(axis=0)
+    np.testing.assert_allclose(prepared.sigma[0] * b0 * 3, [1, 2, 3, 2.5, 4], rtol=1e-5)
+    assert any("1 of 5 voxels" in w and "median" in w for w in prepared.warnings)
+    with pytest.raises(EngineError, match="2 noise levels"):
+        prepare_dwi([run], noise=[None, None])
+    with pytest.raises(EngineError, match=r"shape \(4,\)"):
+        prepare_dwi([run], noise=[np.ones(4)])
+    with pytest.raises(EngineError, match="no positive value in any voxel"):
+        prepare_dwi([run], noise=[np.zeros(5)])
+
+
 def test_no_noise_gives_finite_weights():
     prepared = prepare_dwi([volumes([(1000, even_directions(30))])], l_max=2)
     assert np.all(prepared.sigma > 0)
