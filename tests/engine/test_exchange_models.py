@@ -8,8 +8,8 @@ import torch
 
 from bids_gacelle.engine import DiffusionScheme, EngineError, fit, get_model
 from bids_gacelle.engine.physics.finite_pulses import (
-    pulse_rule,
-    pulse_steps,
+    pulse_table,
+    pulse_weights,
     pulsed_karger,
     pulsed_karger_derivatives,
 )
@@ -340,6 +340,13 @@ def ordinary(f, dn, de, tex, b, big, small, x):
     return state.sum()
 
 
+def table_and_weights(f, rate, exponent, fastest, error):
+    """Return the terms of one pulse at f and rate, by a table for some largest values."""
+    table = pulse_table(exponent, fastest, error)
+    weights = pulse_weights(torch.tensor(table.coefficients), table, f, rate[None])
+    return weights._replace(weights=weights.weights[:, :, :, 0])
+
+
 def many_steps(f, dn, de, tex, b, big, small, x):
     """Signal as the product of matrix exponentials of 2000 short pieces of each pulse."""
     n = 2000
@@ -375,18 +382,17 @@ def fast_and_slow(n, seed):
 
 @pytest.mark.parametrize(("b", "big", "small"), TIMINGS)
 def test_the_pulse_integrates_the_equations(b, big, small):
-    """Pointwise in x, with many steps: the equations are the right ones."""
+    """Pointwise in x: the equations are the right ones."""
     x = np.random.default_rng(15).random(8)
     f, dn, de, tex = fast_and_slow(8, 16)
     exact = [ordinary(*p, b, big, small, at) for *p, at in zip(f, dn, de, tex, x, strict=True)]
     product = [many_steps(*p, b, big, small, at) for *p, at in zip(f, dn, de, tex, x, strict=True)]
     np.testing.assert_allclose(product, exact, atol=3e-6)
-    found = pulsed_karger(
-        *(torch.tensor(v) for v in (f, b * dn * x**2, b * de, big / tex)),
-        torch.tensor(small / big, dtype=torch.float64),
-        pulse_rule(150),
-    )
-    np.testing.assert_allclose(found, exact, atol=1e-9)
+    share = torch.tensor(small / big, dtype=torch.float64)
+    values = [torch.tensor(v) for v in (f, b * dn * x**2, b * de, big / tex)]
+    strongest = 3.5 * b * float(share / (3 - share))
+    pulse = table_and_weights(values[0], share * values[3], strongest, small, 2e-8)
+    np.testing.assert_allclose(pulsed_karger(*values, share, pulse), exact, atol=2e-8)
 
 
 @pytest.mark.parametrize("l_max", [0, 4])
@@ -409,10 +415,43 @@ def test_smex_equals_brute_force(l_max):
     np.testing.assert_allclose(single, exact, atol=5e-6)
 
 
+def pulse_in_pieces(f, a1, a2, rate, n=600):
+    """Mean signals of the spins in either compartment after n pieces of a pulse, exponentials.
+
+    Pieces of constant gradient err by the square of their length; those of half the number tell
+    how much.
+    """
+
+    def after(n):
+        squares, state = np.diff(np.linspace(0, 1, n + 1) ** 3), torch.ones(2, len(f)).double()
+        out, back = rate * (1 - f) / n, rate * f / n
+        for square in squares:
+            rows = [-(a1 * square + out), out, back, -(a2 * square + back)]
+            step = torch.linalg.matrix_exp(torch.stack(rows, -1).reshape(-1, 2, 2))
+            state = (step @ state.T[..., None])[..., 0].T
+        return state
+
+    return (4 * after(n) - after(n // 2)) / 3
+
+
+@pytest.mark.parametrize("error", [2e-6, 1e-7])
+@pytest.mark.parametrize(("exponent", "fastest"), [(0.01, 0.05), (1, 10), (5, 6), (35, 30)])
+def test_a_pulse_keeps_the_promised_error(exponent, fastest, error):
+    """Over a grid of all that a table is for, its edges included."""
+    axes = ([0, 0.02, 0.3, 0.5, 0.9, 1], [0, 0.2, 1], [0, 0.05, 0.5, 1], [0, 0.1, 0.5, 1])
+    f, a1, a2, rate = torch.tensor(np.stack(np.meshgrid(*axes)).reshape(4, -1))
+    a1, a2, rate = a1 * exponent, a2 * exponent, rate * fastest
+    exact = pulse_in_pieces(f, a1, a2, rate)
+    pulse = table_and_weights(f, rate, exponent, fastest, error)
+    decays = [torch.exp(-s * a1 - (1 - s) * a2) for s in pulse.shares]
+    found = (pulse.weights[0] * torch.stack(decays)).sum(1)
+    assert float((found - exact).abs().max()) < error / 2
+
+
 @pytest.mark.parametrize("b", [1.0, 5.0, 20.0])
 @pytest.mark.parametrize("big", [10.0, 30.0, 80.0])
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.6, 1.0])
-def test_steps_keep_the_promised_error(b, big, share):
+def test_signals_keep_the_promised_error(b, big, share):
     """Over a grid of the bounds; pulses of 30 ms at most."""
     small = min(share * big, 30.0)
     scheme = DiffusionScheme([b] * 4, big, small)
@@ -420,22 +459,36 @@ def test_steps_keep_the_promised_error(b, big, share):
     axes = ([0.02, 0.1, 0.3, 0.5, 0.7, 0.9], [0.1, 0.5, 1.5, 3.5], [0.1, 0.3, 0.8, 1.5, 3.5])
     grid = np.stack(np.meshgrid(*axes, [1, 2, 4, 10, 40])).reshape(4, -1)
     params = dict(zip(("fn", "dn", "de", "tex"), map(torch.tensor, grid), strict=True))
-    found = {
-        dtype: model.signal({k: v.to(dtype) for k, v in params.items()})[0].double()
-        for dtype in (torch.float64, torch.float32)
-    }
-    model._pulses[torch.float64] = pulse_rule(80)
-    exact = model.signal(params)[0]
-    assert float((found[torch.float64] - exact).abs().max()) < 6e-7
-    assert float((found[torch.float32] - exact).abs().max()) < 5e-6
+    exact = by_pieces(model, params, b, big, small)
+    for dtype, error in ((torch.float64, 1e-7), (torch.float32, 4e-6)):
+        found = model.signal({k: v.to(dtype) for k, v in params.items()})[0]
+        assert float((found.double() - exact).abs().max()) < error
 
 
-def test_more_steps_for_stronger_longer_pulses():
-    def steps(b, big, small):
-        exponent, rate, share = (np.array([v]) for v in (3.5 * b, big, small / big))
-        return pulse_steps(exponent, rate, share, 5e-7)
+def by_pieces(model, params, b, big, small):
+    """Signal by `pulse_in_pieces` and a matrix exponential between the pulses."""
+    f, dn, de, tex = (params[k] for k in ("fn", "dn", "de", "tex"))
+    share = small / big
+    weight = share / (3 - share)
+    rate, total = big / tex, torch.zeros_like(f)
+    for x2, w in zip(*model._rules[torch.float64][:1], model._rules[torch.float64][1][0]):
+        a1, a2 = b * dn * x2, b * de
+        y = pulse_in_pieces(f, weight * a1, weight * a2, share * rate)
+        between, out = 1 - 2 * weight, (1 - share) * rate
+        rows = [-(between * a1 + out * (1 - f)), out * (1 - f), out * f, -(between * a2 + out * f)]
+        step = torch.linalg.matrix_exp(torch.stack(rows, -1).reshape(-1, 2, 2))
+        later = (step @ y.T[..., None])[..., 0].T
+        total += w * (f * y[0] * later[0] + (1 - f) * y[1] * later[1])
+    return total
 
-    assert steps(1, 30, 1) < steps(10, 30, 5) < steps(20, 30, 30) < 40
+
+def test_more_terms_for_stronger_pulses_and_longer_series_for_faster_exchange():
+    def sizes(exponent, rate):
+        return pulse_table(exponent, rate, 1e-7).coefficients.shape[2:]
+
+    terms, _, powers = sizes(5, 6)
+    assert sizes(1, 6)[0] < terms < sizes(35, 6)[0] < 24
+    assert sizes(5, 1)[2] < powers < sizes(5, 30)[2] < 28
 
 
 @pytest.mark.parametrize("l_max", [0, 4])
@@ -448,8 +501,7 @@ def test_short_pulses_are_nexi_of_the_same_b_and_separation(l_max):
         scheme = DiffusionScheme(NEXI_B, NEXI_DELTA, small)
         signal = get_model("smex")(scheme, l_max=l_max).signal(params)
         gaps.append(float((signal - expected).abs().max()))
-    # Each exponential of so short a pulse is rounded to 1e-7 (the smallest gap of eigenvalues).
-    assert gaps[2] < 1e-6
+    assert gaps[2] < 1e-7
     # First order in delta.
     assert gaps[1] < 0.15 * gaps[0]
 
@@ -470,20 +522,16 @@ def test_pulsed_derivatives_agree_with_automatic_ones():
     log_time = torch.tensor(rng.uniform(-3, 3, 300))
     share = torch.tensor(rng.choice([1e-2, 0.2, 1.0], 300))
     values = [v.detach().requires_grad_() for v in (f, d1, d2, log_time)]
-    rule = pulse_rule(5)
-    signal = pulsed_karger(*values[:3], torch.exp(-values[3]), share, rule)
+    signal = pulsed(*values, share)
     expected = torch.autograd.grad(signal.sum(), values)
     with torch.no_grad():
-        found = pulsed_karger_derivatives(*values[:3], torch.exp(-values[3]), share, rule)
+        found = pulsed(*values, share, function=pulsed_karger_derivatives)
     torch.testing.assert_close(found[0], signal.detach(), rtol=0, atol=1e-14)
     for a, b in zip(found[1:], expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=2e-9)
 
 
-def test_nodes_as_an_axis_give_the_same_integrals():
-    model = make_model("smex", l_max=4)
-    params = everywhere(model, 20, 21)
-    expected = model.jacobian(params)
-    model._integrals = lambda f, like: model._joint_integrals(f, *model._node_tables(like))
-    for a, b in zip(model.jacobian(params), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+def pulsed(f, d1, d2, log_time, share, function=pulsed_karger):
+    rate = torch.exp(-log_time)
+    pulse = table_and_weights(f, share * rate, 25.0, 21.0, 1e-6)
+    return function(f, d1, d2, rate, share, pulse)

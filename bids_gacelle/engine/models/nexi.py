@@ -171,9 +171,10 @@ class Nexi(DiffusionModel):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the signal and its derivatives by name."""
         along, beside, rate = self._exponents(params, inputs)
+        kernel = self._kernel_slopes(params[self.share], beside, rate)
 
-        def slopes(x2: Any) -> Exchange:
-            found = self._kernel_slopes(params[self.share], along * x2, beside, rate)
+        def slopes(x2: float) -> Exchange:
+            found = kernel(along * x2)
             return found._replace(by_first=found.by_first * x2)
 
         orders = self._integrals(slopes, rate)
@@ -205,14 +206,12 @@ class Nexi(DiffusionModel):
     def _invariants(self, params: dict[str, Tensor], inputs: Inputs | None) -> list[Tensor]:
         """Return S_0 and S_l / p_l, each (shells, ...)."""
         along, beside, rate = self._exponents(params, inputs)
-
-        def kernel(x2: Any) -> tuple[Tensor]:
-            return (self._kernel(params[self.share], along * x2, beside, rate),)
-
-        return [order[0] for order in self._integrals(kernel, rate)]
+        kernel = self._kernel(params[self.share], beside, rate)
+        orders = self._integrals(lambda x2: (kernel(along * x2),), rate)
+        return [order[0] for order in orders]
 
     def _integrals(
-        self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor
+        self, of_square: Callable[[float], Sequence[Tensor]], like: Tensor
     ) -> list[list[Tensor]]:
         """Return |int_0^1 F P_l dx| of functions F(x^2), for each l a list of one for each F."""
         squares, weights = self._rule(like)
@@ -226,13 +225,18 @@ class Nexi(DiffusionModel):
             ]
         return totals
 
-    def _kernel(self, fn: Tensor, along: Tensor, beside: Tensor, rate: Tensor) -> Tensor:
-        """Return M of the exponents along the stick and beside it, and of Delta / tex."""
-        return karger(fn, along, beside, rate)
+    def _kernel(self, fn: Tensor, beside: Tensor, rate: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return M as a function of the exponent along the stick.
 
-    def _kernel_slopes(self, fn: Tensor, along: Tensor, beside: Tensor, rate: Tensor) -> Exchange:
-        """Return M and its derivatives."""
-        return karger_derivatives(fn, along, beside, rate)
+        `beside` and `rate` are the exponent beside it, and Delta / tex.
+        """
+        return lambda along: karger(fn, along, beside, rate)
+
+    def _kernel_slopes(
+        self, fn: Tensor, beside: Tensor, rate: Tensor
+    ) -> Callable[[Tensor], Exchange]:
+        """Return M and its derivatives, as `_kernel`."""
+        return lambda along: karger_derivatives(fn, along, beside, rate)
 
     def _exponents(
         self, params: dict[str, Tensor], inputs: Inputs | None

@@ -13,8 +13,9 @@ from bids_gacelle.engine.models.base import Reference
 from bids_gacelle.engine.models.nexi import FITTED, Nexi
 from bids_gacelle.engine.physics.exchange import Exchange
 from bids_gacelle.engine.physics.finite_pulses import (
-    pulse_rule,
-    pulse_steps,
+    Pulse,
+    pulse_table,
+    pulse_weights,
     pulsed_karger,
     pulsed_karger_derivatives,
 )
@@ -50,13 +51,19 @@ class Smex(Nexi):
         assert scheme.small_delta is not None
         assert scheme.big_delta is not None
         self._share = scheme.small_delta / scheme.big_delta
+        # A shell of each length of pulses, and the place of each shell's length among these.
+        lengths, shells, place = np.unique(
+            scheme.small_delta, return_index=True, return_inverse=True
+        )
+        self._shells, self._place = shells.tolist(), place.tolist()
         limits = {p.name: p.bounds for p in FITTED}
         exponent = scheme.b * max(limits["dn"][1], limits["de"][1])
-        rate = scheme.big_delta / limits["tex"][0]
+        strongest = float((exponent * self._share / (3 - self._share)).max())
+        fastest = float(lengths.max()) / limits["tex"][0]
         # As for the nodes: single precision needs less.
         self._pulses = {
-            dtype: pulse_rule(pulse_steps(exponent, rate, self._share, error))
-            for dtype, error in ((torch.float32, 2e-6), (torch.float64, 5e-7))
+            dtype: pulse_table(strongest, fastest, error)
+            for dtype, error in ((torch.float32, 2e-6), (torch.float64, 1e-7))
         }
 
     def _integrals(
@@ -83,15 +90,24 @@ class Smex(Nexi):
         sums = [torch.tensordot(weights, part, dims=1) for part in of_square(squares)]
         return [[total[i] for total in sums] for i in range(len(weights))]
 
-    def _kernel(self, fn: Tensor, along: Tensor, beside: Tensor, rate: Tensor) -> Tensor:
-        return pulsed_karger(fn, along, beside, rate, self._shares(fn), self._pulse(fn))
+    def _kernel(self, fn: Tensor, beside: Tensor, rate: Tensor) -> Callable[[Tensor], Tensor]:
+        share = self.table("share", self._share, fn)
+        pulse = self._pulse(fn, rate, slice(0, 1))
+        return lambda along: pulsed_karger(fn, along, beside, rate, share, pulse)
 
-    def _kernel_slopes(self, fn: Tensor, along: Tensor, beside: Tensor, rate: Tensor) -> Exchange:
-        share = self._shares(fn)
-        return pulsed_karger_derivatives(fn, along, beside, rate, share, self._pulse(fn))
+    def _kernel_slopes(
+        self, fn: Tensor, beside: Tensor, rate: Tensor
+    ) -> Callable[[Tensor], Exchange]:
+        share = self.table("share", self._share, fn)
+        pulse = self._pulse(fn, rate, slice(None))
+        return lambda along: pulsed_karger_derivatives(fn, along, beside, rate, share, pulse)
 
-    def _shares(self, like: Tensor) -> Tensor:
-        return self.table("share", self._share, like)
-
-    def _pulse(self, like: Tensor) -> list[tuple[float, float]]:
-        return self._pulses.get(like.dtype, self._pulses[torch.float64])
+    def _pulse(self, fn: Tensor, rate: Tensor, which: slice) -> Pulse:
+        """Return the terms of a pulse; those of the weights and of their derivatives `which` asks."""
+        table = self._pulses.get(fn.dtype, self._pulses[torch.float64])
+        coefficients = self.table("pulse", table.coefficients, fn.new_zeros(()))[which]
+        share = self.table("share", self._share, fn)
+        pulse = pulse_weights(coefficients, table, fn, (rate * share)[self._shells])
+        if len(self._shells) == 1:
+            return pulse
+        return pulse._replace(weights=pulse.weights[:, :, :, self._place])
