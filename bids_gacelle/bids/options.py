@@ -15,13 +15,15 @@ from bids_gacelle.bids.series import Kind
 class ModelNeeds:
     """What a model must have to be fitted.
 
-    ``minimum_measurements`` counts echoes (megre), flip angles (vfa) or shells (dwi).
+    ``minimum_measurements`` counts echoes (megre), flip angles (vfa) or shells (dwi),
+    ``minimum_echo_times`` the different echo times of dwi.
     """
 
     name: str
     kind: Kind
     needs_diffusion_times: bool = False
     minimum_measurements: int = 2
+    minimum_echo_times: int = 1
 
 
 @dataclass(frozen=True)

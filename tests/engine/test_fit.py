@@ -369,3 +369,16 @@ def test_gpu_and_cpu_find_the_same_optimum(name):
             close = np.abs(other.maps[key] - cpu.maps[key]) < 1e-4 * scale
             assert close.mean() > 0.98
             assert np.nanmedian(other.std[key]) == pytest.approx(np.nanmedian(cpu.std[key]), 0.02)
+
+
+def test_reduced_chi_square_tells_whether_the_noise_level_describes_the_residuals():
+    model = make_model("mcmicro")
+    params = draw(model, 4000, 31)
+    data = noisy(model, params, 0.01, 32)
+    right = fit(model, data, sigma=0.01).chi2
+    assert right.mean() == pytest.approx(1, abs=0.05)
+    # A sum of squares of four normal numbers over four: its variance is 2 / 4.
+    assert right.var() == pytest.approx(0.5, rel=0.15)
+    rows = np.full(data.shape, 0.02)
+    np.testing.assert_allclose(fit(model, data, sigma=rows).chi2, right / 4, rtol=1e-3)
+    assert fit(model, data).chi2 is None
