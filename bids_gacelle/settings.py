@@ -16,6 +16,7 @@ from bids_gacelle.errors import InputError
 
 CHOICES = {
     "analysis_level": ("participant", "group"),
+    "input_type": ("bids", "hcpya", "ukb"),
     "solver": ("lm", "adam", "sgdm", "rmsprop", "linear"),
     "noise": ("gaussian", "rician"),
     "loss": ("l2", "l1", "huber"),
@@ -36,6 +37,7 @@ class Settings:
     bids_dir: Path
     output_dir: Path
     analysis_level: str = "participant"
+    input_type: str = "bids"
     participant_label: tuple[str, ...] = ()
     session_label: tuple[str, ...] = ()
     bids_filter_file: Path | None = None
@@ -46,10 +48,14 @@ class Settings:
     model_file: tuple[Path, ...] = ()
     combine_dwi: bool = False
     mask: Path | None = None
+    noise_map: Path | None = None
+    gradient_deviation: Path | None = None
     atlas: dict[str, Path] = field(default_factory=dict)
     small_delta: float | None = None
     big_delta: float | None = None
     timing_file: Path | None = None
+    scheme_file: Path | None = None
+    write_scheme: bool = False
     b0_threshold: float = 100.0
     assume_ms: tuple[str, ...] = ()
     solver: str = "lm"

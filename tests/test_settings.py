@@ -17,6 +17,11 @@ FULL = Settings(
     model_options={"nexi": {"l_max": 2, "starts": 8}},
     mem=4.0,
     combine_dwi=True,
+    input_type="hcpya",
+    noise_map=Path("/noise.nii.gz"),
+    gradient_deviation=Path("/grad_dev.nii.gz"),
+    scheme_file=Path("/protocol.scheme"),
+    write_scheme=True,
     dataset_link={"raw": "doi:10.1/x"},
 )
 
@@ -39,6 +44,8 @@ def test_defaults_round_trip():
         ({"nprocs": "two"}, "nprocs"),
         ({"combine_dwi": 1}, "combine_dwi"),
         ({"models": "nexi"}, "models"),
+        ({"input_type": "hcp"}, "input_type"),
+        ({"noise_map": 3}, "noise_map"),
     ],
 )
 def test_wrong_settings_are_named(wrong, word):

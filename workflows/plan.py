@@ -32,16 +32,20 @@ def make_plan(settings: Settings) -> Plan:
     models = select_models(settings.models, settings.solver)
     check_options(models, settings.model_options, settings.solver)
     options = Options(
+        input_type=settings.input_type,
         participant_labels=settings.participant_label,
         session_labels=settings.session_label,
         filters=load_filter_file(settings.bids_filter_file) if settings.bids_filter_file else {},
         derivatives=settings.derivatives,
         mask=settings.mask,
+        noise_map=settings.noise_map,
+        gradient_deviation=settings.gradient_deviation,
         atlases=settings.atlas,
         combine_dwi=settings.combine_dwi,
         small_delta_ms=settings.small_delta,
         big_delta_ms=settings.big_delta,
         timing_file=settings.timing_file,
+        scheme_file=settings.scheme_file,
         b0_threshold=settings.b0_threshold,
         assume_ms=settings.assume_ms,
         database_dir=settings.bids_database_dir,

@@ -38,6 +38,7 @@ from bids_gacelle.interfaces.report import (
     write_citations,
     write_report,
 )
+from bids_gacelle.interfaces.write import scheme_file
 from bids_gacelle.settings import Settings
 from bids_gacelle.workflows.base import init_participants_wf, series_key
 from bids_gacelle.workflows.outcome import outcomes, summary
@@ -284,6 +285,9 @@ def _unchanged(settings: Settings, job: Job) -> bool:
     path = settings.output_dir / names.manifest_path(job.series, model=job.model)
     manifest = read_manifest(path)
     if not manifest or missing_outputs(settings.output_dir, manifest["outputs"]):
+        return False
+    scheme = scheme_file(settings, job.series)
+    if scheme is not None and str(scheme) not in manifest["outputs"]:
         return False
     digests = input_digests(job.series)
     same_fit = manifest["fit_hash"] == fit_hash(job.series, job.model, settings, digests)

@@ -6,11 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from bids_gacelle.bids.files import BidsFile, Dataset
+from bids_gacelle.bids.concatenation import RunImage
+from bids_gacelle.bids.files import BidsFile, Dataset, loose_file
 from bids_gacelle.bids.gradients import (
     NotWeighted,
     check_b_values,
@@ -22,8 +24,9 @@ from bids_gacelle.bids.metadata import MetadataError, Sidecars, constant_fields,
 from bids_gacelle.bids.names import reference_path
 from bids_gacelle.bids.options import Context
 from bids_gacelle.bids.queries import matches
+from bids_gacelle.bids.schemes import read_scheme
 from bids_gacelle.bids.series import DwiRun, Kind, Series, Sourced
-from bids_gacelle.bids.timing import RunImage, differing_times, resolve_timing
+from bids_gacelle.bids.timing import differing_times, resolve_timing
 
 # Entities that tell the images of one series apart, or that do not survive the fit.
 _NOT_KEPT = frozenset({"sub", "ses", "echo", "flip", "inv", "mt", "part", "desc"})
@@ -310,11 +313,11 @@ def _dwi_run(image: BidsFile, context: Context) -> Candidate:
     )
     start = Candidate(series, (image,))
     try:
-        bval, bvec = (_gradient_file(dataset, image, e) for e in (".bval", ".bvec"))
+        bval, bvec = _gradient_files(dataset, image, context.options.scheme_file)
         b, _ = read_gradients(bval.path, bvec.path)
         check_b_values(b, threshold, bval.label, bval.path)
-        run = RunImage(dataset, image, b > threshold)
-        timing = resolve_timing(run, _raw_runs(image, context), context.options)
+        run = RunImage(dataset, image, b, threshold)
+        timing = resolve_timing(run, _raw_runs(run, context), context.options)
         metadata = constant_fields([run.sidecars])
     except MetadataError as error:
         return replace(start, problem=error)
@@ -334,6 +337,7 @@ def _dwi_run(image: BidsFile, context: Context) -> Candidate:
         measurements=tuple(_shell_name(s) for s in found),
         timing_problem=timing.problem,
         warnings=timing.warnings,
+        notes=timing.notes + _scheme_notes(bval, context.options.scheme_file),
         overruled=timing.overruled,
     )
 
@@ -341,6 +345,23 @@ def _dwi_run(image: BidsFile, context: Context) -> Candidate:
 def _shell_name(shell: Sequence[float]) -> str:
     times = "".join(f", {n} {t:g} ms" for n, t in zip(("Delta", "delta"), shell[1:], strict=False))
     return f"b {shell[0]:.0f} s/mm^2{times}"
+
+
+def _gradient_files(
+    dataset: Dataset, image: BidsFile, scheme: Path | None
+) -> tuple[BidsFile, BidsFile]:
+    """Files of b-values and directions: those of the dataset, else a scheme file for both."""
+    try:
+        return _gradient_file(dataset, image, ".bval"), _gradient_file(dataset, image, ".bvec")
+    except MetadataError:
+        if scheme is None:
+            raise
+        return loose_file(scheme), loose_file(scheme)
+
+
+def _scheme_notes(bval: BidsFile, scheme: Path | None) -> tuple[str, ...]:
+    note = read_scheme(bval.path).note if bval.path == scheme else ""
+    return (note,) if note else ()
 
 
 def _gradient_file(dataset: Dataset, image: BidsFile, extension: str) -> BidsFile:
@@ -355,8 +376,9 @@ def _gradient_file(dataset: Dataset, image: BidsFile, extension: str) -> BidsFil
     return files[0]
 
 
-def _raw_runs(image: BidsFile, context: Context) -> list[tuple[Dataset, BidsFile]]:
+def _raw_runs(run: RunImage, context: Context) -> list[RunImage]:
     """Raw runs that a preprocessed image may stem from: its entities are theirs too."""
+    image = run.image
     if not _preprocessed(image):
         return []
     said = {k: v for k, v in image.entities.items() if k not in ("ses", "space", "desc", "res")}
@@ -369,18 +391,18 @@ def _raw_runs(image: BidsFile, context: Context) -> list[tuple[Dataset, BidsFile
         and not _preprocessed(f)
         and f.entities.get("part", "mag") == "mag"
         and said.items() <= f.entities.items()
-        and not _is_b0_only(f, context)
     ]
     own = [f for f in found if f.session == image.session]
-    return [(context.raw, f) for f in own or found]
+    return [_raw_run(f, run, context) for f in own or found]
 
 
-def _is_b0_only(image: BidsFile, context: Context) -> bool:
+def _raw_run(image: BidsFile, made_of_it: RunImage, context: Context) -> RunImage:
+    """A raw run; where it has no b-values, those of what was made of it stand for them."""
     try:
-        b = read_numbers(_gradient_file(context.raw, image, ".bval").path)
+        b = np.array(read_numbers(_gradient_file(context.raw, image, ".bval").path))
     except MetadataError:
-        return False
-    return bool(b) and max(b) <= context.options.b0_threshold
+        b = np.zeros(0)
+    return replace(made_of_it, dataset=context.raw, image=image, b=b if b.size else made_of_it.b)
 
 
 def _spatial_reference(image: BidsFile, dataset: Dataset) -> str:

@@ -1,4 +1,4 @@
-"""What a series is fitted with: mask, transmit-field map, segmentations."""
+"""What a series is fitted with: mask, transmit-field map, noise map, segmentations, ..."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bids_gacelle.bids.files import NIFTI, BidsFile
 from bids_gacelle.bids.metadata import MetadataError, Sidecars
 from bids_gacelle.bids.options import Context
 from bids_gacelle.bids.queries import matches
-from bids_gacelle.bids.series import Atlas, B1Map, Mask, Series
+from bids_gacelle.bids.series import Atlas, B1Map, Mask, Series, VoxelMap
 
 _RELATIVE = (
     "1",
@@ -24,11 +24,12 @@ _RELATIVE = (
     "dimensionless",
 )
 _PERCENT = ("%", "percent", "percentage", "p.u.")  # hMRI writes p.u. for percent units
+_CALLED = {"noise": "noise map", "graddev": "map of gradient deviations"}
 _OTHER_B1 = ("TB1AFI", "TB1DAM", "TB1EPI", "TB1RFM", "TB1SRGE", "TB1TFL")
 
 
 def add_companions(candidate: Candidate, context: Context) -> Candidate:
-    """Add mask, atlases and (for variable flip angles) B1 map to a candidate."""
+    """Add mask and atlases; to variable flip angles a B1 map, to dwi what maps its voxels."""
     series = candidate.series
     if candidate.problem:
         return candidate
@@ -41,7 +42,9 @@ def add_companions(candidate: Candidate, context: Context) -> Candidate:
         )
     series = replace(series, mask=mask, atlases=find_atlases(series, context))
     result = replace(candidate, series=series, warnings=warnings)
-    return _with_b1(result, context) if series.kind == "vfa" else result
+    if series.kind == "vfa":
+        return _with_b1(result, context)
+    return _with_dwi_maps(result, context) if series.kind == "dwi" else result
 
 
 # ------------------------------------------------------------------------------------ mask
@@ -52,25 +55,40 @@ def find_mask(candidate: Candidate, context: Context) -> Mask:
     if context.options.mask:
         return Mask("option", (str(context.options.mask),))
     if candidate.series.kind == "dwi":
-        chosen = [_best_mask(file, context) for file in candidate.files]
+        chosen = [_best("mask", file, context) for file in candidate.files]
     else:
-        chosen = [_best_mask(candidate.files[0], context)]
+        chosen = [_best("mask", candidate.files[0], context)]
     images = tuple(dict.fromkeys(str(f.path) for f in chosen if f))
     return Mask("derivatives", images) if images else Mask("quick")
 
 
-def _best_mask(image: BidsFile, context: Context) -> BidsFile | None:
-    """Choose the mask with most entities of the image; it may lack some, contradict none."""
-    query = context.queries["mask"]
+def _best(query: str, image: BidsFile, context: Context) -> BidsFile | None:
+    """Choose, in the space of an image, the answer to a query with most of its entities.
+
+    It may lack some of them, but contradict none.
+    """
     found = [
         f
+        for f in _about(query, image, context)
+        if f.entities.get("space") == image.entities.get("space")
+    ]
+
+    def fits(file: BidsFile) -> tuple[bool, bool, int]:
+        same_resolution = file.entities.get("res") == image.entities.get("res")
+        return file.session == image.session, same_resolution, len(_identity(file))
+
+    return max(found, key=fits, default=None)
+
+
+def _about(query: str, image: BidsFile, context: Context) -> list[BidsFile]:
+    """Answers to a query that may belong to an image, in any space."""
+    return [
+        f
         for f in _around(image.subject, image.session, context)
-        if matches(query, f)
+        if matches(context.queries[query], f)
         and f.datatype == image.datatype
-        and f.entities.get("space") == image.entities.get("space")
         and _identity(f).items() <= _identity(image).items()
     ]
-    return max(found, key=lambda f: (f.session == image.session, len(_identity(f))), default=None)
 
 
 def _identity(file: BidsFile) -> dict[str, str]:
@@ -129,6 +147,36 @@ def _table_beside(image: Path) -> str:
     extension = next((e for e in NIFTI if image.name.endswith(e)), image.suffix)
     table = image.with_name(image.name.removesuffix(extension) + ".tsv")
     return str(table) if table.is_file() else ""
+
+
+# ------------------------------------------------------------------- noise and gradients
+
+
+def _with_dwi_maps(candidate: Candidate, context: Context) -> Candidate:
+    """Add a noise map to each run, and the map of gradient deviations to the series."""
+    options, files, notes = context.options, candidate.files, list(candidate.notes)
+
+    def found(query: str, given: Path | None, image: BidsFile) -> VoxelMap | None:
+        if given:
+            return VoxelMap(str(given), "option")
+        if query in options.ignore:
+            return None
+        best = _best(query, image, context)
+        if best:
+            notes.append(f"{_CALLED[query]} `{best.label}` is used")
+            return VoxelMap(str(best.path))
+        if elsewhere := _about(query, image, context):
+            spaces = ", ".join(f"`{f.label}`" for f in elsewhere)
+            notes.append(f"{_CALLED[query]} {spaces} not used: not in the space of the images")
+        return None
+
+    runs = tuple(
+        replace(run, noise_map=found("noise", options.noise_map, file))
+        for run, file in zip(candidate.series.dwi_runs, files, strict=True)
+    )
+    deviation = found("graddev", options.gradient_deviation, files[0])
+    series = replace(candidate.series, dwi_runs=runs, gradient_deviation=deviation)
+    return replace(candidate, series=series, notes=tuple(notes))
 
 
 # --------------------------------------------------------------------------------------- B1

@@ -31,6 +31,7 @@ IGNORED = (
     "*.shape.gii",
     "*.dscalar.nii",
     "*_xfm.*",
+    "*.scheme",
     "*.html",
     "**/figures",
     "group_*",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,13 @@ from bids_gacelle.bids.files import (
     open_dataset,
     session_labels,
     subject_labels,
+)
+from bids_gacelle.bids.layouts import (
+    Visit,
+    expected_dwi,
+    find_visits,
+    guess_layout,
+    open_layout,
 )
 from bids_gacelle.bids.metadata import (
     QUANTITIES,
@@ -67,13 +74,16 @@ def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> P
         or metadata field.
     """
     bids_dir = bids_dir.absolute()
-    subjects = _participants(bids_dir, options.participant_labels)
-    sessions = _sessions(bids_dir, subjects, options)
-    context = _open(bids_dir, subjects, options)
+    visits = _visits(bids_dir, options)
+    subjects = _participants(bids_dir, options, visits)
+    sessions = _sessions(bids_dir, subjects, options, visits)
+    _refuse_shared_maps(subjects, options)
+    context = _open(bids_dir, subjects, options, visits)
     findings: dict[Finding, None] = {}
     jobs: list[Job] = []
     for subject in subjects:
-        if closed := _closed_folder(bids_dir / f"sub-{subject}"):
+        own = [v.dwi for v in visits if v.subject == subject and v.dwi]
+        if closed := _closed_folder(own if visits else [bids_dir / f"sub-{subject}"]):
             for need in needs:
                 job, finding = _unreadable(subject, need, closed)
                 jobs.append(job)
@@ -93,29 +103,47 @@ def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> P
 # ------------------------------------------------------------------- what is asked for
 
 
-def _participants(bids_dir: Path, wanted: Sequence[str]) -> list[str]:
+def _visits(bids_dir: Path, options: Options) -> list[Visit]:
+    """Folders of the participants where the data are no BIDS dataset."""
     if not bids_dir.exists():
         raise InputError(f"The dataset {bids_dir} does not exist.")
     if not bids_dir.is_dir():
         raise InputError(f"{bids_dir} is a file; give the folder of a BIDS dataset.")
-    there = subject_labels(bids_dir)
+    if options.input_type == "bids":
+        return []
+    found = find_visits(options.input_type, bids_dir)
+    if not found:
+        raise InputError(
+            f"{bids_dir} has no folder of a participant as --input-type {options.input_type} has "
+            f"them, with {expected_dwi(options.input_type)} in it."
+        )
+    return found
+
+
+def _participants(bids_dir: Path, options: Options, visits: Sequence[Visit]) -> list[str]:
+    there = sorted({v.subject for v in visits}) or subject_labels(bids_dir)
     if not there:
         hint = "; is the dataset one of the folders in it?" if any(bids_dir.iterdir()) else ""
+        if layout := guess_layout(bids_dir):
+            hint = f"; it looks like --input-type {layout}"
         raise InputError(f"{bids_dir} is no BIDS dataset: it has no folder sub-<label>{hint}")
-    return _chosen("participant", "sub-", wanted, there, str(bids_dir))
+    return _chosen("participant", "sub-", options.participant_labels, there, str(bids_dir))
 
 
-def _sessions(bids_dir: Path, subjects: Sequence[str], options: Options) -> dict[str, list[str]]:
+def _sessions(
+    bids_dir: Path, subjects: Sequence[str], options: Options, visits: Sequence[Visit]
+) -> dict[str, list[str]]:
     """Wanted sessions of each subject, [""] and more where all are wanted."""
     roots = [bids_dir, *options.derivatives.values()]
 
     def there(of: Sequence[str]) -> list[str]:
-        return sorted({label for root in roots for s in of for label in session_labels(root, s)})
+        named = {label for root in roots for s in of for label in session_labels(root, s)}
+        return sorted(named | {v.session for v in visits if v.subject in of and v.session})
 
     if not options.session_labels:
         return {s: ["", *there([s])] for s in subjects}
     # of all participants: with one cluster job for each, one that lacks a session is no mistake
-    everything = there(subject_labels(bids_dir))
+    everything = there([v.subject for v in visits] or subject_labels(bids_dir))
     wanted = _chosen("session", "ses-", options.session_labels, everything, str(bids_dir))
     return dict.fromkeys(subjects, wanted)
 
@@ -134,7 +162,22 @@ def _chosen(
     return [label for label in there if label in labels]
 
 
-def _open(bids_dir: Path, subjects: Sequence[str], options: Options) -> Context:
+def _refuse_shared_maps(subjects: Sequence[str], options: Options) -> None:
+    """Refuse one image for the voxels of several participants."""
+    given = {"--noise-map": options.noise_map, "--gradient-deviation": options.gradient_deviation}
+    beside = {"--noise-map": "desc-noise_dwimap", "--gradient-deviation": "graddev"}
+    for option, path in given.items():
+        if path and len(subjects) > 1:
+            raise InputError(
+                f"{option} {path} is an image of one participant, but {len(subjects)} are to be "
+                "fitted. Choose one with --participant-label, or give a derivative dataset (-d) "
+                f"with a *_{beside[option]}.nii.gz for each."
+            )
+
+
+def _open(
+    bids_dir: Path, subjects: Sequence[str], options: Options, visits: Sequence[Visit]
+) -> Context:
     queries = read_filters(options.filters)
     if not (math.isfinite(options.b0_threshold) and options.b0_threshold >= 0):
         raise InputError(
@@ -150,12 +193,15 @@ def _open(bids_dir: Path, subjects: Sequence[str], options: Options) -> Context:
             raise InputError("The name raw stands for the dataset itself; rename -d raw=... .")
         if not path.is_dir():
             raise InputError(f"-d {name}={path}: there is no such folder.")
-    raw = open_dataset("raw", bids_dir, subjects, options.database_dir)
+    if options.input_type == "bids":
+        raw = open_dataset("raw", bids_dir, subjects, options.database_dir)
+    else:
+        raw = open_layout(options.input_type, "raw", bids_dir, visits, subjects)
     derivatives = tuple(
         open_dataset(name, path.absolute(), subjects, options.database_dir)
         for name, path in options.derivatives.items()
     )
-    return Context(raw, derivatives, options, queries)
+    return Context(raw, derivatives, options, queries, tuple(visits))
 
 
 def _units(context: Context, subject: str, sessions: Sequence[str]) -> list[str]:
@@ -196,7 +242,8 @@ def _job(candidate: Candidate, need: ModelNeeds) -> tuple[Job, list[Finding]]:
         job = Job(series, need.name, str(problem), cause)
         return job, [_skipped(series, need.name, problem)]
     prefix = f"{_place(series)} {series.label}: "
-    findings = [_finding("warning", series, prefix + w + ".") for w in _warnings(candidate)]
+    warnings = _warnings(candidate, need)
+    findings = [_finding("warning", series, prefix + w + ".") for w in warnings]
     findings += [_finding("info", series, prefix + n + ".") for n in candidate.notes]
     return Job(series, need.name), findings
 
@@ -212,8 +259,13 @@ def _problem(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
     return few or times
 
 
-def _warnings(candidate: Candidate) -> list[str]:
+def _warnings(candidate: Candidate, need: ModelNeeds) -> list[str]:
     result = list(candidate.warnings)
+    if candidate.series.gradient_deviation and not need.takes_gradient_deviation:
+        result.append(
+            f"{need.name} is fitted with nominal b-values: it has no voxel input bscale for the "
+            "map of gradient deviations"
+        )
     if candidate.series.kind == "dwi" and not candidate.series.preprocessed:
         result.append(
             "fitted without preprocessing (raw dwi: no correction of noise, eddy currents, motion)"
@@ -267,8 +319,7 @@ def _nothing(
 
 def _why_nothing(context: Context, series: Series, need: ModelNeeds) -> str:
     subject, session = series.subject, series.session
-    roots = [d.root for d in context.datasets]
-    if session and not any(session in session_labels(root, subject) for root in roots):
+    if session and session not in context.sessions(subject):
         return f"no session ses-{session}"
     replacing = replacing_dwi(context, subject, session) if need.kind == "dwi" else []
     if replacing:
@@ -282,6 +333,9 @@ def _why_nothing(context: Context, series: Series, need: ModelNeeds) -> str:
     suffix, folder = query["suffix"], f"{_place(series)}/{_DATATYPE[need.kind]}"
     here = [f for d in context.datasets for f in d.images(subject) if f.session == session]
     reason = f"no {suffix} images in {folder}"
+    visit = [v for v in context.visits if (v.subject, v.session) == (subject, session)]
+    if visit and need.kind == "dwi":
+        reason = f"no {expected_dwi(context.options.input_type)} in {visit[0].folder.name}"
     if need.kind in context.options.filters:
         reason += " that match the filter file"
     others = [f.label for f in here if f.suffix == suffix and f.datatype == _DATATYPE[need.kind]]
@@ -296,13 +350,14 @@ def _why_nothing(context: Context, series: Series, need: ModelNeeds) -> str:
     return reason
 
 
-def _closed_folder(folder: Path) -> str:
+def _closed_folder(folders: Iterable[Path]) -> str:
     """The first folder at or below a subject's that may not be listed, "" if all may."""
     closed: list[str] = []
-    for _ in os.walk(folder, onerror=lambda error: closed.append(str(error.filename))):
-        if closed:
-            break
-    return closed[0] if closed else ""
+    for folder in folders:
+        for _ in os.walk(folder, onerror=lambda error: closed.append(str(error.filename))):
+            if closed:
+                return closed[0]
+    return ""
 
 
 def _unreadable(subject: str, need: ModelNeeds, folder: str) -> tuple[Job, Finding]:

@@ -34,6 +34,8 @@ class BidsFile:
     entities: dict[str, str] = field(hash=False)
     suffix: str
     extension: str
+    kept_in: str = ""
+    """Datatype, where the folder does not say it."""
 
     @property
     def subject(self) -> str:
@@ -48,6 +50,8 @@ class BidsFile:
     @property
     def datatype(self) -> str:
         """The folder: ``anat``, ``dwi``, ``fmap``; "" at the level of subjects or above."""
+        if self.kept_in:
+            return self.kept_in
         folder = self.path.parent.name
         return (
             "" if self.path.parent == self.root or folder.startswith(("sub-", "ses-")) else folder
@@ -79,6 +83,11 @@ def parse_file(path: Path, root: Path, dataset: str) -> BidsFile:
     *pairs, suffix = stem.split("_")
     entities = {key: value for key, dash, value in (p.partition("-") for p in pairs) if dash}
     return BidsFile(dataset, root, path, entities, suffix, dot + extension)
+
+
+def loose_file(path: Path) -> BidsFile:
+    """A file that was given by its path and is of no dataset."""
+    return BidsFile("raw", path.parent, path, {}, path.stem, path.suffix)
 
 
 @dataclass(frozen=True)

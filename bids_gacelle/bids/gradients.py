@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bids_gacelle.bids.metadata import MetadataError
+from bids_gacelle.bids.schemes import read_scheme
 
 _Float = npt.NDArray[np.float64]
 
 # As in the engine's signal preparation: b-values closer than this to their neighbour in the
 # sorted list are one shell.
-_B_GAP = (30.0, 0.05)  # s/mm^2, or this fraction of b, whichever is larger
+B_GAP = (30.0, 0.05)  # s/mm^2, or this fraction of b, whichever is larger
 _FEW = 5  # volumes: so few with low b may well be b=0 volumes only
 _TIMING_DIGITS = 1  # of times in ms
 
@@ -26,7 +27,8 @@ def read_gradients(bval: str | Path, bvec: str | Path) -> tuple[_Float, _Float]:
     Parameters
     ----------
     bval : text file of N numbers, s/mm^2.
-    bvec : text file of 3 rows of N numbers, or N rows of 3.
+    bvec : text file of 3 rows of N numbers, or N rows of 3. The same file as ``bval``: a scheme
+        file, which holds both.
 
     Returns
     -------
@@ -37,6 +39,9 @@ def read_gradients(bval: str | Path, bvec: str | Path) -> tuple[_Float, _Float]:
     MetadataError
         No numbers, negative b-values, or directions whose shape does not fit the b-values.
     """
+    if Path(bval) == Path(bvec):
+        table = read_scheme(bval)
+        return table.b, table.directions
     b = np.concatenate([np.zeros(0), *_rows(bval)])
     if b.size == 0 or not np.isfinite(b).all() or (b < 0).any():
         raise MetadataError(
@@ -51,8 +56,8 @@ def read_gradients(bval: str | Path, bvec: str | Path) -> tuple[_Float, _Float]:
             f"volume), but it has {shape[0]} rows of {sorted({len(r) for r in rows})} numbers.",
             bvec,
         )
-    table = np.array(rows)
-    directions = table.T if shape[0] == 3 else table
+    numbers = np.array(rows)
+    directions = numbers.T if shape[0] == 3 else numbers
     if len(directions) != len(b):
         raise MetadataError(
             f"`{Path(bvec).name}` has {len(directions)} directions, but `{Path(bval).name}` has "
@@ -120,7 +125,7 @@ def shells(
     result = []
     for group in sorted(groups):
         ordered = np.sort(groups[group])
-        gap = np.maximum(_B_GAP[0], _B_GAP[1] * ordered[1:])
+        gap = np.maximum(B_GAP[0], B_GAP[1] * ordered[1:])
         pieces = np.split(ordered, np.flatnonzero(np.diff(ordered) > gap) + 1)
         result += [(float(piece.mean()), *group) for piece in pieces]
     return result

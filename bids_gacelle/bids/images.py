@@ -18,7 +18,7 @@ from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from bids_gacelle.bids.gradients import read_gradients
 from bids_gacelle.bids.metadata import MetadataError
-from bids_gacelle.bids.series import Atlas, Finding, Mask, Series, Severity
+from bids_gacelle.bids.series import Atlas, Finding, Mask, Series, Severity, VoxelMap
 from bids_gacelle.errors import InputError
 
 _TOLERANCE = 0.1  # voxel edges by which a corner of the volume may be off
@@ -52,8 +52,8 @@ def review_series(
 
     Returns
     -------
-    series : without the segmentations that are of no use, and with a quick mask where the one
-        found is not on the grid.
+    series : without the segmentations, noise maps and gradient deviations that are of no use,
+        and with a quick mask where the one found is not on the grid.
     findings : each names the file; they hold for all models, so ``model`` is "".
     reason : why nothing can be fitted to the images, "" if it can.
     """
@@ -72,6 +72,7 @@ def review_series(
         mask = _checked_mask(series.mask, reference, report)
         if series.b1_map:
             _check_b1(Path(series.b1_map.image), series.b1_map.factor)
+        series = _with_usable_maps(series, reference, report)
         atlases = tuple(_usable_atlases(series.atlases, reference, check_table, report))
     except MetadataError as problem:
         report("error", problem)
@@ -111,6 +112,60 @@ def _checked_mask(mask: Mask, reference: SpatialImage, report: _Report) -> Mask:
         )
         return Mask("quick")
     return mask
+
+
+def _with_usable_maps(series: Series, reference: SpatialImage, report: _Report) -> Series:
+    """Leave out noise maps and gradient deviations off the grid; those of options must be on it.
+
+    They are not resampled: with nothing but affines to go by, a map of another space would be
+    taken for one of this one.
+    """
+
+    def usable(
+        given: VoxelMap | None, check: Callable[[SpatialImage], None], option: str, instead: str
+    ) -> VoxelMap | None:
+        if given is None:
+            return None
+        try:
+            image = _open(Path(given.image))
+            check(image)
+            _require_same_grid(image, reference)
+        except MetadataError as problem:
+            if given.origin == "option":
+                text = f"{problem} It was asked for with {option}."
+                raise MetadataError(text, problem.file) from None
+            report("warning", MetadataError(f"{problem} {instead}", problem.file))
+            return None
+        return given
+
+    runs = tuple(
+        replace(
+            run,
+            noise_map=usable(
+                run.noise_map,
+                _require_3d,
+                "--noise-map",
+                "The noise is estimated from the images instead.",
+            ),
+        )
+        for run in series.dwi_runs
+    )
+    deviation = usable(
+        series.gradient_deviation,
+        _require_nine,
+        "--gradient-deviation",
+        "Nominal b-values are used everywhere.",
+    )
+    return replace(series, dwi_runs=runs, gradient_deviation=deviation)
+
+
+def _require_nine(image: SpatialImage) -> None:
+    if len(image.shape) != 4 or image.shape[3] != 9:
+        raise MetadataError(
+            f"`{_path(image)}` has the shape {_shape(image.shape)}; a map of gradient deviations "
+            "has 9 volumes, the entries of a 3 x 3 matrix.",
+            _path(image),
+        )
 
 
 def _usable_atlases(

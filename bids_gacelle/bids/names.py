@@ -173,6 +173,11 @@ def table_path(
     return _path(series, datatype_of(series), entities, "scalarstats", extension)
 
 
+def scheme_path(series: Series) -> PurePosixPath:
+    """Path of the acquisition of a dwi series as a Camino scheme."""
+    return _path(series, datatype_of(series), {}, "dwi", ".scheme")
+
+
 def manifest_path(series: Series, *, model: str) -> PurePosixPath:
     """Path of the manifest: what the report needs to know about one model on one series."""
     return _path(series, "figures", {"desc": model_label(model)}, "manifest", ".json")

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bids_gacelle.bids.files import Dataset
+from bids_gacelle.bids.files import Dataset, session_labels
+from bids_gacelle.bids.layouts import Visit
 from bids_gacelle.bids.series import Kind
 
 
@@ -17,6 +18,7 @@ class ModelNeeds:
 
     ``minimum_measurements`` counts echoes (megre), flip angles (vfa) or shells (dwi),
     ``minimum_echo_times`` the different echo times of dwi.
+    ``takes_gradient_deviation`` is False for a dwi model that has only nominal b-values.
     """
 
     name: str
@@ -24,22 +26,27 @@ class ModelNeeds:
     needs_diffusion_times: bool = False
     minimum_measurements: int = 2
     minimum_echo_times: int = 1
+    takes_gradient_deviation: bool = True
 
 
 @dataclass(frozen=True)
 class Options:
     """Which part of the dataset is used and how; the defaults ask for all of it."""
 
+    input_type: str = "bids"
     participant_labels: tuple[str, ...] = ()
     session_labels: tuple[str, ...] = ()
     filters: Mapping[str, Any] = field(default_factory=dict)
     derivatives: Mapping[str, Path] = field(default_factory=dict)
     mask: Path | None = None
+    noise_map: Path | None = None
+    gradient_deviation: Path | None = None
     atlases: Mapping[str, Path] = field(default_factory=dict)
     combine_dwi: bool = False
     small_delta_ms: float | None = None
     big_delta_ms: float | None = None
     timing_file: Path | None = None
+    scheme_file: Path | None = None
     b0_threshold: float = 100.0
     assume_ms: tuple[str, ...] = ()
     database_dir: Path | None = None
@@ -54,11 +61,18 @@ class Context:
     derivatives: tuple[Dataset, ...]
     options: Options
     queries: Mapping[str, Mapping[str, Any]]
+    visits: tuple[Visit, ...] = ()
+    """Folders of the participants where the data are no BIDS dataset."""
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
         """All datasets, those given by the user first: what they hold was chosen for this run."""
         return (*self.derivatives, self.raw)
+
+    def sessions(self, subject: str) -> set[str]:
+        """Labels of all sessions of a participant, in any of the datasets."""
+        found = {label for d in self.datasets for label in session_labels(d.root, subject)}
+        return found | {v.session for v in self.visits if v.subject == subject and v.session}
 
     def dataset(self, name: str) -> Dataset:
         """Look up a dataset by its name."""

@@ -26,6 +26,8 @@ QUERIES: dict[str, dict[str, Any]] = {
     },
     "mask": {"suffix": "mask", "desc": "brain"},
     "dseg": {"suffix": "dseg"},
+    "noise": {"datatype": "dwi", "desc": "noise"},
+    "graddev": {"suffix": "graddev", "datatype": "dwi"},
 }
 
 # Names as pybids (and filter files of fMRIPrep) spell them -> keys in file names.

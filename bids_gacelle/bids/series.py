@@ -37,10 +37,20 @@ class Sourced:
 
 
 @dataclass(frozen=True)
+class VoxelMap:
+    """An image that says something about each voxel of a series, and who named it."""
+
+    image: str
+    origin: Literal["option", "derivatives"] = "derivatives"
+
+
+@dataclass(frozen=True)
 class DwiRun:
-    """One dwi image with its gradients and timing.
+    """One dwi image with its gradients, timing and noise.
 
     ``small_delta`` and ``big_delta`` are in ms, ``echo_time`` in s; None where nothing says.
+    ``noise_map`` is the standard deviation of the noise of one volume, in the unit of the image.
+    ``bval`` and ``bvec`` are the same file where it is a scheme file.
     """
 
     image: str
@@ -49,6 +59,7 @@ class DwiRun:
     small_delta: Sourced | None = None
     big_delta: Sourced | None = None
     echo_time: Sourced | None = None
+    noise_map: VoxelMap | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,8 @@ class Series:
     """RepetitionTimeExcitation in s, one per image."""
     dwi_runs: tuple[DwiRun, ...] = ()
     b1_map: B1Map | None = None
+    gradient_deviation: VoxelMap | None = None
+    """Nine volumes per voxel: how the diffusion gradients differ from their nominal values."""
     mask: Mask = Mask("quick")
     atlases: tuple[Atlas, ...] = ()
     preprocessed: bool = False
@@ -106,6 +119,11 @@ class Series:
     """URI of the image that defines a non-standard ``space`` ("" when unknown or native)."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Constant acquisition fields copied to sidecars (MagneticFieldStrength, ...)."""
+
+    @property
+    def has_diffusion_times(self) -> bool:
+        """Whether pulse duration and separation of every dwi run are known."""
+        return bool(self.dwi_runs) and all(r.small_delta and r.big_delta for r in self.dwi_runs)
 
     @property
     def label(self) -> str:
@@ -158,6 +176,7 @@ def series_from_json(data: dict[str, Any]) -> Series:
     fields["images"] = tuple(fields["images"])
     fields["dwi_runs"] = tuple(_dwi_run(run) for run in fields["dwi_runs"])
     fields["b1_map"] = None if fields["b1_map"] is None else B1Map(**fields["b1_map"])
+    fields["gradient_deviation"] = _voxel_map(fields["gradient_deviation"])
     fields["mask"] = Mask(fields["mask"]["origin"], tuple(fields["mask"]["images"]))
     fields["atlases"] = tuple(Atlas(**atlas) for atlas in fields["atlases"])
     return Series(**fields)
@@ -171,4 +190,8 @@ def _sourced(data: dict[str, Any] | None) -> Sourced | None:
 
 def _dwi_run(data: dict[str, Any]) -> DwiRun:
     timing = {k: _sourced(data[k]) for k in ("small_delta", "big_delta", "echo_time")}
-    return DwiRun(**{**data, **timing})
+    return DwiRun(**{**data, **timing, "noise_map": _voxel_map(data["noise_map"])})
+
+
+def _voxel_map(data: dict[str, Any] | None) -> VoxelMap | None:
+    return None if data is None else VoxelMap(**data)

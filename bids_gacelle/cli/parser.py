@@ -58,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _select(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to work on")
     group.add_argument(
+        "--input-type",
+        choices=CHOICES["input_type"],
+        help="what BIDS_DIR is: bids (default), or the folder of all participants of the Human "
+        "Connectome Project (hcpya) or of UK Biobank (ukb)",
+    )
+    group.add_argument(
         "--participant-label",
         "--participant_label",
         "--subject-label",
@@ -95,7 +101,7 @@ def _select(parser: argparse.ArgumentParser) -> None:
         "--bids-filter-file",
         type=argtypes.existing_path,
         metavar="FILE",
-        help="JSON with entities per query: megre, vfa, mpm, tb1, dwi, mask, dseg",
+        help="JSON with entities per query: megre, vfa, mpm, tb1, dwi, mask, dseg, noise, graddev",
     )
     group.add_argument(
         "--dry-run",
@@ -131,6 +137,20 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         help="segmentation on the grid of the maps, for ROI tables; names from the .tsv beside it",
     )
     group.add_argument(
+        "--noise-map",
+        type=argtypes.existing_path,
+        metavar="FILE",
+        help="standard deviation of the noise of one dwi volume, in the unit of the images "
+        "(default: a *_desc-noise_* beside the images, else estimated from them)",
+    )
+    group.add_argument(
+        "--gradient-deviation",
+        type=argtypes.existing_path,
+        metavar="FILE",
+        help="gradient nonlinearity in 9 volumes, HCP's grad_dev.nii.gz (default: a *_graddev "
+        "beside the images)",
+    )
+    group.add_argument(
         "--combine-dwi",
         action="store_true",
         help="fit all dwi runs of a session together (each normalised by its own b0)",
@@ -146,6 +166,13 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         type=argtypes.existing_path,
         metavar="FILE",
         help="TSV with a row per dwi volume: volume SmallDelta BigDelta [EchoTime], in s",
+    )
+    group.add_argument(
+        "--scheme-file",
+        type=argtypes.existing_path,
+        metavar="FILE",
+        help="Camino or AMICO scheme of the dwi images: gradients where they have no bval and "
+        "bvec, and times in place of those in their sidecars",
     )
     group.add_argument(
         "--b0-threshold",
@@ -164,8 +191,8 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         "--ignore",
         nargs="+",
         action="extend",
-        choices=("tb1",),
-        help="leave out an input that is there: tb1 (the B1 map)",
+        choices=("tb1", "noise", "graddev"),
+        help="leave out an input that is there: the B1 map, noise map or gradient deviations",
     )
     group.add_argument(
         "--bids-database-dir",
@@ -251,6 +278,11 @@ def _run(parser: argparse.ArgumentParser) -> None:
         "-w", "--work-dir", type=argtypes.any_path, metavar="DIR", help="intermediate files"
     )
     group.add_argument("--keep-work", action="store_true", help="keep them afterwards")
+    group.add_argument(
+        "--write-scheme",
+        action="store_true",
+        help="also write the acquisition of each dwi series as a Camino scheme, for AMICO",
+    )
     group.add_argument(
         "--resume", action="store_true", help="skip fits whose inputs and options are unchanged"
     )

@@ -104,6 +104,7 @@ def needs_of(name: str) -> ModelNeeds:
         needs_diffusion_times=model.needs_diffusion_times,
         minimum_measurements=model.minimum_measurements,
         minimum_echo_times=model.minimum_echo_times,
+        takes_gradient_deviation="bscale" in model.voxel_inputs,
     )
 
 

@@ -25,6 +25,10 @@ from bids_gacelle.interfaces.collect import reference_image
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes, resample_to
 
+_OTHER_SCALE = 5.0  # denoising and interpolation alone do not change the noise by more
+_ENOUGH_B0 = 4
+_LARGE_DEVIATION = 0.5  # gradients of real coils are off by less, inside of a head
+
 SCHEMES = {"GradientEchoScheme": GradientEchoScheme, "DiffusionScheme": DiffusionScheme}
 
 
@@ -51,17 +55,25 @@ class PrepareSignals(Step):
         volumes = np.load(self.inputs.collected["volumes"], mmap_mode="r")
         signals = volumes[:, mask]
         prepared: dict[str, Any] = {"sigma": "", "inputs": {}, "warnings": []}
-        scheme: GradientEchoScheme | DiffusionScheme
         if series.kind == "dwi":
-            result, prepared["l_max_error"] = self._prepare_dwi(series, signals, settings)
-            scheme, signals = result.scheme, result.signals
-            prepared["warnings"] = list(result.warnings)
-            if result.sigma is not None and result.scale_sigma is not None:
-                prepared["sigma"] = _save(cwd / "sigma.npy", result.sigma)
-                prepared["scale_sigma"] = _save(cwd / "scale_sigma.npy", result.scale_sigma)
-                prepared["scale_group"] = np.asarray(result.scale_group).tolist()
+            runs = _dwi_volumes(series, signals)
+            noise, warnings = _noise(series, runs, mask, settings.b0_threshold)
+            deviation = series.gradient_deviation
+            tensor = None if deviation is None else gradient_tensor(deviation.image, mask)
+            result, problem = self._prepare_dwi(series, runs, noise, tensor, settings)
+            prepared |= save_dwi(result, cwd)
+            prepared["l_max_error"] = problem
+            prepared["warnings"] = [*warnings, *result.warnings]
+            prepared["noise_source"] = result.noise_source
+            if result.bscale is not None:
+                prepared["inputs"]["bscale"] = _save(cwd / "bscale.npy", result.bscale)
+            if settings.write_scheme and not series.has_diffusion_times:
+                prepared["warnings"].append(
+                    "no scheme file is written: SmallDelta or BigDelta is unknown"
+                )
         else:
-            scheme = _gradient_echo_scheme(series)
+            prepared["signals"] = _save(cwd / "signals.npy", signals)
+            prepared["scheme"] = scheme_to_json(_gradient_echo_scheme(series))
         if series.b1_map is not None:
             reference = reference_image(self.inputs.collected)
             b1 = _b1(series, reference)[mask]
@@ -73,25 +85,57 @@ class PrepareSignals(Step):
                 )
         for warning in prepared["warnings"]:
             LOGGER.warning("sub-%s %s: %s", series.subject, series.label, warning)
-        prepared["signals"] = _save(cwd / "signals.npy", signals)
-        prepared["scheme"] = scheme_to_json(scheme)
         return {"prepared": prepared}
 
     def _prepare_dwi(
-        self, series: Series, signals: np.ndarray, settings: Settings
+        self,
+        series: Series,
+        runs: list[DwiVolumes],
+        noise: list[np.ndarray | None],
+        tensor: np.ndarray | None,
+        settings: Settings,
     ) -> tuple[PreparedDwi, str]:
         """Prepare up to the highest order asked for, or powder averages alone and why.
 
-        Models that fit powder averages must not suffer from a shell with few directions.
+        Models that fit powder averages must not suffer from directions too few for others.
         """
-        volumes = _dwi_volumes(series, signals)
         problem = ""
+        model: Any = settings.noise
+        options = {"noise": noise, "noise_model": model, "gradient_tensor": tensor}
         for l_max in dict.fromkeys((self.inputs.l_max, 0)):
             try:
-                return prepare_dwi(volumes, l_max, settings.b0_threshold), problem
+                return prepare_dwi(runs, l_max, settings.b0_threshold, **options), problem
             except EngineError as error:
                 problem = problem or str(error)
         raise InputError(f"sub-{series.subject} {series.label}: {problem}")
+
+
+def save_dwi(result: PreparedDwi, cwd: Path) -> dict[str, Any]:
+    """Write what models are fitted to, and return where it is.
+
+    ``echo_decay`` is the same for models of the decay with echo time, or ``echo_decay_error`` says
+    why there is nothing for them.
+    """
+    prepared = _save_measurements(result, cwd, "")
+    try:
+        decay = result.with_echo_decay()
+    except EngineError as error:
+        return prepared | {"echo_decay_error": str(error)}
+    return prepared | {"echo_decay": _save_measurements(decay, cwd, "echo_decay_")}
+
+
+def _save_measurements(result: PreparedDwi, cwd: Path, prefix: str) -> dict[str, Any]:
+    saved: dict[str, Any] = {
+        "signals": _save(cwd / f"{prefix}signals.npy", result.signals),
+        "scheme": scheme_to_json(result.scheme),
+        "sigma": "",
+        "weights": np.asarray(result.weights).tolist(),
+    }
+    if result.sigma is not None and result.scale_sigma is not None:
+        saved["sigma"] = _save(cwd / f"{prefix}sigma.npy", result.sigma)
+        saved["scale_sigma"] = _save(cwd / f"{prefix}scale_sigma.npy", result.scale_sigma)
+        saved["scale_group"] = np.asarray(result.scale_group).tolist()
+    return saved
 
 
 def scheme_to_json(scheme: GradientEchoScheme | DiffusionScheme) -> dict[str, Any]:
@@ -134,6 +178,80 @@ def _dwi_volumes(series: Series, signals: np.ndarray) -> list[DwiVolumes]:
 
 def _per_volume(value: Sourced | None, n: int) -> np.ndarray | None:
     return None if value is None else np.broadcast_to(np.asarray(value.values, float), n)
+
+
+def _noise(
+    series: Series, runs: list[DwiVolumes], mask: np.ndarray, b0_threshold: float
+) -> tuple[list[np.ndarray | None], list[str]]:
+    """Noise maps of the runs inside the mask (None: there is none), and doubts about them."""
+    levels: list[np.ndarray | None] = []
+    warnings = []
+    for run, volumes in zip(series.dwi_runs, runs, strict=True):
+        if run.noise_map is None:
+            levels.append(None)
+            continue
+        [(_, data)] = load_volumes([run.noise_map.image])
+        level = data.reshape(data.shape[:3])[mask]
+        levels.append(level)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = level / _spread(volumes, b0_threshold)
+        compared = ratio[np.isfinite(ratio) & (ratio > 0)]
+        usual = np.median(compared) if compared.size else 1.0
+        if not 1 / _OTHER_SCALE < usual < _OTHER_SCALE:
+            warnings.append(
+                f"the noise map {Path(run.noise_map.image).name} is {usual:.2g} times the spread "
+                "of the b=0 images (median): it seems to be of images in another unit, such as "
+                "before their intensities were scaled. --ignore noise estimates the noise instead"
+            )
+    return levels, warnings
+
+
+def _spread(run: DwiVolumes, b0_threshold: float) -> np.ndarray:
+    """Standard deviation over the b=0 images of one echo time, NaN where they are too few."""
+    low = run.bval <= b0_threshold
+    if run.echo_time is not None:
+        low &= np.isclose(run.echo_time, run.echo_time[low][0], rtol=0, atol=1e-4)
+    if low.sum() < _ENOUGH_B0:
+        return np.full(run.signal.shape[1], np.nan)
+    return run.signal[low].astype(np.float64).std(axis=0, ddof=1)
+
+
+def gradient_tensor(path: str, mask: np.ndarray) -> np.ndarray:
+    """Deviation L of the diffusion gradients: a voxel sees (I + L) g where g is nominal.
+
+    The nine volumes are the columns of L one after the other, as in HCP's ``grad_dev.nii.gz``
+    (Sotiropoulos et al. 2013, doi:10.1016/j.neuroimage.2013.05.057: the x, y and z component of
+    the field of the x gradient, then of y, of z) and as FSL reads it. QSIPrep's ``graddev`` has
+    the rows of I + L; what is near the identity is taken to be that.
+
+    Parameters
+    ----------
+    path : 4D image.
+    mask : (x, y, z)
+
+    Returns
+    -------
+    (voxels, 3, 3), NaN where the map has no value.
+
+    Raises
+    ------
+    InputError
+        The values are no such fractions.
+    """
+    [(_, data)] = load_volumes([path])
+    tensor = data[mask].reshape(-1, 3, 3).astype(np.float64)
+    usual = np.nanmedian(tensor, axis=0)
+    identity = np.eye(3)
+    if np.abs(usual - identity).max() < _LARGE_DEVIATION:
+        return np.asarray(tensor - identity)
+    size = np.nanmedian(np.abs(tensor).max(axis=(1, 2)))
+    if not size < _LARGE_DEVIATION:  # NaN too
+        raise InputError(
+            f"The gradient deviations of {path} are {size:.3g} (median of the largest of each "
+            "voxel), where fractions of the nominal gradient are needed. If they are percent, "
+            "divide them by 100."
+        )
+    return tensor.transpose(0, 2, 1)
 
 
 def _b1(series: Series, reference: Any) -> np.ndarray:

@@ -34,6 +34,10 @@ def input_files(series: Series) -> list[tuple[str, str]]:
         for i, run in enumerate(series.dwi_runs, 1):
             name = f"run {i}" if len(series.dwi_runs) > 1 else "run"
             parts = {"image": run.image, "bval": run.bval, "bvec": run.bvec}
+            if run.bvec == run.bval:
+                parts = {"image": run.image, "scheme": run.bval}
+            if run.noise_map:
+                parts["noise map"] = run.noise_map.image
             roles += [(f"dwi {name} {part}", path) for part, path in parts.items()]
     else:
         role = {"megre": "echo", "vfa": "flip angle"}[series.kind]
@@ -41,6 +45,8 @@ def input_files(series: Series) -> list[tuple[str, str]]:
     roles += [("mask", path) for path in series.mask.images]
     if series.b1_map is not None:
         roles.append(("B1 map", series.b1_map.image))
+    if series.gradient_deviation is not None:
+        roles.append(("gradient deviations", series.gradient_deviation.image))
     return roles
 
 
@@ -62,7 +68,7 @@ def fit_hash(series: Series, model: str, settings: Settings, digests: list[list[
     """
     asked = {name: getattr(settings, name) for name in FIT_SETTINGS}
     about = to_json(series)
-    for key in ("images", "dwi_runs", "atlases"):
+    for key in ("images", "dwi_runs", "atlases", "gradient_deviation"):
         about.pop(key)  # paths may differ between machines; the content below counts
     about["mask"] = about["mask"]["origin"]
     about["b1_map"] = series.b1_map.factor if series.b1_map else None
@@ -87,8 +93,8 @@ def sources(series: Series, datasets: dict[str, str]) -> list[str]:
     """BIDS URIs of the images the maps were computed from."""
     return [
         uri
-        for _, uri, _ in listed_inputs(series, datasets)
-        if not uri.endswith((".bval", ".bvec"))
+        for role, uri, _ in listed_inputs(series, datasets)
+        if not role.endswith((" bval", " bvec"))
     ]
 
 
@@ -157,7 +163,8 @@ def acquisition(series: Series, model: Any) -> list[dict[str, Any]]:
             found.append({"name": labels[key], "unit": unit, "values": values, "sources": origin})
     if columns["n_directions"] is not None:
         bvecs = [Path(run.bvec).name for run in series.dwi_runs]
-        counts = [int(n) for n in columns["n_directions"]]
+        # Where directions are weighted their effective number, which is no whole one.
+        counts = [int(n) if n == int(n) else round(float(n), 1) for n in columns["n_directions"]]
         found.append({"name": "directions", "unit": "1", "values": counts, "sources": bvecs})
     return found
 
@@ -185,7 +192,12 @@ def methods_text(series: Series, model: Any, fitted: dict[str, Any], mask: dict[
         else "the residual variance of each voxel "
         f"({done.get('degrees_of_freedom')} degrees of freedom)"
     )
+    noise_maps = [run.noise_map for run in series.dwi_runs]
+    if done.get("sigma") == "given" and noise_maps and all(noise_maps):
+        sigma = "the noise map"
     b1 = " Flip angles were corrected with the B1 map." if series.b1_map is not None else ""
+    if series.gradient_deviation is not None and "bscale" in model.voxel_inputs:
+        b1 = " The b-values of each voxel were corrected for gradient nonlinearity."
     deviations = done.get("note") or (
         "Standard deviations come from the inverse of the Gauss-Newton Hessian at the optimum and "
         f"{sigma}."

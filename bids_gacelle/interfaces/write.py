@@ -11,8 +11,10 @@ from nipype.interfaces.base import TraitedSpec, traits
 
 from bids_gacelle import __version__
 from bids_gacelle.bids import names, sidecar
-from bids_gacelle.bids.output import write_image, write_json, write_tsv
-from bids_gacelle.bids.series import Series, series_from_json
+from bids_gacelle.bids.gradients import read_gradients
+from bids_gacelle.bids.output import write_image, write_json, write_text, write_tsv
+from bids_gacelle.bids.schemes import scheme_text
+from bids_gacelle.bids.series import Series, Sourced, series_from_json
 from bids_gacelle.interfaces import provenance
 from bids_gacelle.interfaces.base import Step
 from bids_gacelle.interfaces.collect import reference_image
@@ -58,6 +60,9 @@ class WriteMaps(Step):
         self._written: list[str] = []
         for path in earlier_records(settings.output_dir, self._series, self._model.name):
             path.unlink(missing_ok=True)
+        if (scheme := scheme_file(settings, self._series)) is not None:
+            write_text(settings.output_dir / scheme, _scheme(self._series))
+            self._written.append(str(scheme))
         parameters = (*self._model.parameters, *self._model.derived)
         maps = [self._write_parameter(parameter) for parameter in parameters]
         manifest = {"maps": maps, **self._write_quality(), "fit_hash": self._record.fit_hash}
@@ -227,6 +232,26 @@ class WriteManifest(Step):
             "fit": fitted["settings"],
             "preprocessed": series.preprocessed or series.kind != "dwi",
         }
+
+
+def scheme_file(settings: Settings, series: Series) -> PurePosixPath | None:
+    """Path of the scheme file to write: asked for, and the diffusion times are known."""
+    asked = settings.write_scheme and series.has_diffusion_times
+    return names.scheme_path(series) if asked else None
+
+
+def _scheme(series: Series) -> str:
+    """All volumes of a dwi series, run after run, as a scheme."""
+    parts = []
+    for run in series.dwi_runs:
+        b, directions = read_gradients(run.bval, run.bvec)
+
+        def column(value: Sourced | None, unit: float, n: int = len(b)) -> np.ndarray:
+            return np.broadcast_to(np.array(value.values if value else [0.0]) * unit, n)
+
+        times = (column(run.big_delta, 1e-3), column(run.small_delta, 1e-3))
+        parts.append((b, directions, *times, column(run.echo_time, 1.0)))
+    return scheme_text(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def earlier_records(out_dir: Path, series: Series, model: str) -> list[Path]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from bids_gacelle.bids.discovery import Options, discover
+from bids_gacelle.bids.discovery import ModelNeeds, Options, discover
+from bids_gacelle.bids.series import VoxelMap, series_from_json, to_json
+from bids_gacelle.errors import InputError
 
 
 @pytest.fixture
@@ -52,6 +55,19 @@ def test_mask_with_most_entities_in_common(tree, other_tree, derived, pick) -> N
     assert _names(joined.images) == [
         "sub-01_acq-a_desc-brain_mask.nii.gz",
         "sub-01_desc-brain_mask.nii.gz",
+    ]
+
+
+def test_mask_of_the_same_resolution(tree, other_tree, derived, pick) -> None:
+    tree.dwi()
+    for res in ("1mm", "2mm"):
+        stem = f"sub-01/dwi/sub-01_space-ACPC_res-{res}_desc"
+        other_tree.dwi(f"{stem}-preproc_dwi")
+        other_tree.image(f"{stem}-brain_mask.nii.gz")
+    jobs = pick(derived(), "mcmicro", only=False)
+    assert [_names(j.series.mask.images) for j in jobs] == [
+        ["sub-01_space-ACPC_res-1mm_desc-brain_mask.nii.gz"],
+        ["sub-01_space-ACPC_res-2mm_desc-brain_mask.nii.gz"],
     ]
 
 
@@ -181,3 +197,89 @@ def test_filters_of_masks_and_segmentations(tree, other_tree, derived, pick) -> 
     series = pick(derived(filters=filters), "r2star").series
     assert [a.name for a in series.atlases] == ["b"]
     assert series.mask.origin == "quick"
+
+
+# -------------------------------------------------------- noise and gradient deviations
+
+ACPC = "sub-01/dwi/sub-01_space-ACPC"
+
+
+@pytest.fixture
+def preproc(other_tree):
+    """Preprocessed dwi in the second dataset."""
+    other_tree.dwi(f"{ACPC}_desc-preproc_dwi")
+    return other_tree
+
+
+def test_noise_map_and_gradient_deviation_beside_the_image(
+    tree, preproc, derived, pick, messages
+) -> None:
+    tree.dwi()
+    preproc.image(f"{ACPC}_desc-noise_dwimap.nii.gz")
+    preproc.image(f"{ACPC}_graddev.nii.gz")
+    plan = derived()
+    series = pick(plan, "mcmicro").series
+    (run,) = series.dwi_runs
+    assert run.noise_map == VoxelMap(str(preproc.root / f"{ACPC}_desc-noise_dwimap.nii.gz"))
+    assert series.gradient_deviation == VoxelMap(str(preproc.root / f"{ACPC}_graddev.nii.gz"))
+    info = messages(plan, "info")
+    assert f"noise map `x:{ACPC}_desc-noise_dwimap.nii.gz` is used." in info
+    assert f"map of gradient deviations `x:{ACPC}_graddev.nii.gz` is used." in info
+    series = pick(derived(ignore=("noise", "graddev")), "mcmicro").series
+    assert series.dwi_runs[0].noise_map is series.gradient_deviation is None
+
+
+def test_noise_map_in_another_space_is_not_used(tree, preproc, derived, pick, messages) -> None:
+    tree.dwi()
+    tree.image("sub-01/dwi/sub-01_desc-noise_dwimap.nii.gz")
+    plan = derived()
+    assert pick(plan, "mcmicro").series.dwi_runs[0].noise_map is None
+    sentence = "`sub-01/dwi/sub-01_desc-noise_dwimap.nii.gz` not used: not in the space of the"
+    assert sentence in messages(plan, "info")
+
+
+def test_noise_map_of_another_name_by_filter(tree, preproc, derived, pick) -> None:
+    tree.dwi()
+    preproc.image(f"{ACPC}_noisemap.nii.gz")
+    assert pick(derived(), "mcmicro").series.dwi_runs[0].noise_map is None
+    filters = {"noise": {"suffix": "noisemap", "desc": None}}
+    (run,) = pick(derived(filters=filters), "mcmicro").series.dwi_runs
+    assert run.noise_map.image.endswith("_noisemap.nii.gz")
+
+
+def test_each_joined_run_has_its_own_noise_map(tree, pick) -> None:
+    for name in "ab":
+        tree.dwi(f"sub-01/dwi/sub-01_acq-{name}_dwi")
+    tree.image("sub-01/dwi/sub-01_acq-b_desc-noise_dwimap.nii.gz")
+    series = pick(tree.discover(combine_dwi=True), "mcmicro").series
+    assert [bool(run.noise_map) for run in series.dwi_runs] == [False, True]
+    given = {"noise_map": Path("/n.nii.gz"), "gradient_deviation": Path("/g.nii.gz")}
+    series = pick(tree.discover(combine_dwi=True, **given), "mcmicro").series
+    assert {run.noise_map for run in series.dwi_runs} == {VoxelMap("/n.nii.gz", "option")}
+    assert series.gradient_deviation == VoxelMap("/g.nii.gz", "option")
+    assert series_from_json(json.loads(json.dumps(to_json(series)))) == series
+
+
+@pytest.mark.parametrize("option", ["noise_map", "gradient_deviation"])
+def test_one_map_for_several_participants_is_refused(tree, pick, option: str) -> None:
+    for subject in ("01", "02"):
+        tree.dwi(f"sub-{subject}/dwi/sub-{subject}_dwi")
+    flag = "--" + option.replace("_", "-")
+    with pytest.raises(
+        InputError, match=rf"{flag} /m.nii.gz is an image of one participant, but 2"
+    ):
+        tree.discover(**{option: Path("/m.nii.gz")})
+    one = tree.discover(participant_labels=("02",), **{option: Path("/m.nii.gz")})
+    assert pick(one, "mcmicro").eligible
+
+
+def test_a_model_that_cannot_use_gradient_deviations_says_so(tree, messages) -> None:
+    tree.dwi()
+    needs = [
+        ModelNeeds("mine", "dwi", takes_gradient_deviation=False),
+        ModelNeeds("mcmicro", "dwi"),
+    ]
+    options = Options(gradient_deviation=Path("/g.nii.gz"))
+    warning = messages(discover(tree.root, needs, options), "warning")
+    assert "mine is fitted with nominal b-values" in warning
+    assert "mcmicro is fitted" not in warning

@@ -412,21 +412,6 @@ def test_look_back_takes_the_run_of_the_same_entities(tree, other_tree, nexi) ->
     assert run.big_delta.values == (30.0,)
 
 
-def test_concatenated_runs_with_different_times_are_refused(tree, other_tree, nexi) -> None:
-    for acq, delta in (("a", 0.02), ("b", 0.03)):
-        tree.dwi(f"sub-01/dwi/sub-01_acq-{acq}_dwi", SmallDelta=0.01, BigDelta=delta)
-    other_tree.dwi(PREPROC, bval=FOUR_SHELLS)
-    reason = nexi(derivatives={"q": other_tree.root}).reason
-    assert "the 2 raw runs it may stem from differ (" in reason
-    assert "sub-01_acq-a_dwi.nii.gz: 20 ms, sub-01/dwi/sub-01_acq-b_dwi.nii.gz: 30 ms" in reason
-    tree.json("sub-01/dwi/sub-01_acq-b_dwi.json", SmallDelta=0.01, BigDelta=[0.02] * 6)
-    assert "in an order that is lost" in nexi(derivatives={"q": other_tree.root}).reason
-    tree.json("sub-01/dwi/sub-01_acq-b_dwi.json", SmallDelta=0.01)
-    assert "sub-01_acq-b_dwi.nii.gz: none" in nexi(derivatives={"q": other_tree.root}).reason
-    given = nexi(derivatives={"q": other_tree.root}, big_delta_ms=20.0)
-    assert given.eligible
-
-
 def test_missing_everywhere_names_the_raw_run(tree, other_tree, nexi) -> None:
     tree.dwi()
     other_tree.dwi(PREPROC, bval=FOUR_SHELLS)

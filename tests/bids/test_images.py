@@ -12,7 +12,7 @@ import pytest
 
 from bids_gacelle.bids.discovery import Options, discover
 from bids_gacelle.bids.images import review_series
-from bids_gacelle.bids.series import Atlas, Finding, Job, Mask, Series
+from bids_gacelle.bids.series import Atlas, Finding, Job, Mask, Series, VoxelMap
 from bids_gacelle.spatial.rois import read_lookup
 from bids_gacelle.workflows.plan import check_plan
 
@@ -309,3 +309,56 @@ def test_broken_b1_map(tree, vfa) -> None:
     job = vfa("relative", 1.0)
     path = tree.image("sub-01/fmap/sub-01_TB1map.nii.gz")
     assert "is empty" in _refused(job, path)
+
+
+# ------------------------------------------------------------- noise and gradient deviations
+
+MAPS = {"noise_map": (4, 5, 6), "gradient_deviation": (4, 5, 6, 9)}
+
+
+def _with_map(job: Job, kind: str, given: VoxelMap) -> Series:
+    if kind == "gradient_deviation":
+        return replace(job.series, gradient_deviation=given)
+    (run,) = job.series.dwi_runs
+    return replace(job.series, dwi_runs=(replace(run, noise_map=given),))
+
+
+def _map_of(series: Series, kind: str) -> VoxelMap | None:
+    return series.gradient_deviation or series.dwi_runs[0].noise_map
+
+
+@pytest.mark.parametrize("kind", list(MAPS))
+def test_maps_of_the_voxels_on_the_grid(dwi, tree, kind: str) -> None:
+    given = VoxelMap(str(tree.nifti("m.nii.gz", MAPS[kind])), "option")
+    series = _with_map(dwi, kind, given)
+    assert _review(series) == (series, [], "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "affine", "sentence"),
+    [
+        ("noise_map", (4, 5, 6, 2), None, "4 x 5 x 6 x 2; one 3D volume is needed."),
+        ("noise_map", (4, 5, 7), None, "its shape is 4 x 5 x 7, not 4 x 5 x 6."),
+        ("noise_map", (4, 5, 6), SHIFTED, "0.5 mm apart."),
+        ("gradient_deviation", (4, 5, 6), None, "has 9 volumes, the entries of a 3 x 3 matrix."),
+        ("gradient_deviation", (4, 5, 6, 3), None, "the shape 4 x 5 x 6 x 3; a map of gradient"),
+        ("gradient_deviation", (3, 5, 6, 9), None, "its shape is 3 x 5 x 6, not 4 x 5 x 6."),
+    ],
+)
+def test_maps_of_the_voxels_that_do_not_fit(dwi, tree, kind, shape, affine, sentence) -> None:
+    path = tree.nifti("m.nii.gz", shape, affine)
+    series, (finding,), reason = _review(_with_map(dwi, kind, VoxelMap(str(path))))
+    assert (finding.severity, finding.file, reason) == ("warning", str(path), "")
+    assert sentence in finding.message
+    assert _map_of(series, kind) is None
+    series, (finding,), reason = _review(_with_map(dwi, kind, VoxelMap(str(path), "option")))
+    assert (finding.severity, finding.file) == ("error", str(path))
+    assert sentence in reason
+    assert f"It was asked for with --{kind.replace('_', '-')}." in reason
+
+
+@pytest.mark.parametrize("kind", list(MAPS))
+def test_a_map_that_is_not_there(dwi, tree, kind: str) -> None:
+    given = VoxelMap(str(tree.root / "none.nii.gz"), "option")
+    _, _, reason = _review(_with_map(dwi, kind, given))
+    assert "does not exist" in reason

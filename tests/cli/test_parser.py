@@ -36,6 +36,25 @@ def test_named_paths(tmp_path):
         parse("-d", f"q={tmp_path}", f"q={tmp_path}")
 
 
+def test_files_of_inputs_must_be_there(tmp_path, capsys):
+    file = tmp_path / "f"
+    file.write_text("")
+    for name in ("noise_map", "gradient_deviation", "scheme_file"):
+        flag = "--" + name.replace("_", "-")
+        assert getattr(parse(flag, str(file)), name) == file
+        with pytest.raises(SystemExit):
+            parse(flag, str(tmp_path / "none"))
+        assert f"argument {flag}: {tmp_path}/none does not exist" in capsys.readouterr().err
+
+
+def test_input_type(capsys):
+    assert parse().input_type == "bids"
+    assert parse("--input-type", "ukb").input_type == "ukb"
+    with pytest.raises(SystemExit):
+        parse("--input-type", "hcp")
+    assert "choose from" in capsys.readouterr().err
+
+
 def test_model_options_are_typed():
     settings = parse("--set", "nexi.l_max=2", "nexi.tol=1e-3", "mcmicro.flag=true")
     assert settings.model_options == {"nexi": {"l_max": 2, "tol": 1e-3}, "mcmicro": {"flag": True}}
