@@ -97,8 +97,13 @@ def axons(x, d0=1.7, dcsf=3.0):
 
 def cases(n, names=("r2star", "nexi", "nexi2", "axcalibersmt"), seed=0):
     """Yield the cases asked for, each at its noise levels, with `n` voxels."""
+    import diffusion_cases
+
     makers = {"r2star": _r2star, "nexi": _nexi, "nexi2": _nexi2, "axcalibersmt": _axcaliber}
     for name in names:
+        if name not in makers:
+            yield Case(name, *diffusion_cases.make(name, n, np.random.default_rng(seed)))
+            continue
         for snr in {"r2star": (50,), "axcalibersmt": (30, 240)}.get(name, (50, 400)):
             yield Case(name, snr, *makers[name](n, np.random.default_rng(seed)))
 

@@ -319,7 +319,9 @@ Made by bids_gacelle from the datasets that `dataset_description.json` lists und
 - `sub-<label>.html` is the report of a subject: look there first.
 - `sub-<label>[/ses-<label>]/{anat,dwi}/` holds the maps. `*_desc-std_*` and `*std_*` are standard
   deviations; a file named `model-<m>_param-<p>` is parameter `<p>` of model `<m>`.
-- `*_param-nrmse_*` is the root mean square residual over the root mean square signal.
+- `*_param-nrmse_*` is the root mean square residual over the root mean square signal,
+  `*_param-chi2_*` the reduced chi-square where the noise level is known: about 1 where model and
+  noise level describe the data.
 - `*fitflag_dseg` says what limits the fit of each voxel: a sum of 0 ok, 1 outside the mask,
   2 a parameter at a bound, 4 unusable input, 8 not converged, 16 several minima of similar depth,
   32 excluded by a plausibility rule; its `.tsv` spells out every sum.

@@ -252,7 +252,7 @@ def _problem(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
     """Why the model cannot be fitted to the series, None if it can."""
     if candidate.problem:
         return candidate.problem
-    few = _too_few(candidate, need)
+    few = _too_few(candidate, need) or _too_few_echo_times(candidate, need)
     times = candidate.timing_problem if need.needs_diffusion_times else None
     if few and times:  # said together: adding the times alone would not help
         return MetadataError(f"{few} Also, {times}", times.file, times.field)
@@ -286,6 +286,22 @@ def _too_few(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
     return MetadataError(
         f"{need.name} needs at least {need.minimum_measurements} different {counted}, but {there} "
         f"{len(found)} ({'; '.join(found)}).{advice}",
+        first.path,
+    )
+
+
+def _too_few_echo_times(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
+    runs = candidate.series.dwi_runs
+    values = [v for run in runs if run.echo_time is not None for v in run.echo_time.values]
+    found = sorted({f"{1e3 * v:.1f}" for v in values})
+    if need.minimum_echo_times < 2 or len(found) >= need.minimum_echo_times:
+        return None
+    first = candidate.files[0]
+    there = f"{', '.join(found)} ms only" if found else "no EchoTime"
+    return MetadataError(
+        f"{need.name} needs at least {need.minimum_echo_times} different echo times, but "
+        f"`{first.label}` has {there}. Runs with other echo times can be joined with "
+        "--combine-dwi.",
         first.path,
     )
 

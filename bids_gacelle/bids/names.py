@@ -139,10 +139,9 @@ def map_path(
     return _path(series, datatype, entities, suffix or f"{datatype}map", extension)
 
 
-def nrmse_path(series: Series, *, model: str, extension: str = ".nii.gz") -> PurePosixPath:
-    """Path of the map of normalised root mean square residuals."""
-    datatype = datatype_of(series)
-    return map_path(series, model=model, parameter="nrmse", datatype=datatype, extension=extension)
+def quality_path(series: Series, quality: str, *, model: str) -> PurePosixPath:
+    """Path of a map of the quality of the fit: ``nrmse`` or ``chi2``."""
+    return map_path(series, model=model, parameter=quality, datatype=datatype_of(series))
 
 
 def mask_path(series: Series, *, model: str, extension: str = ".nii.gz") -> PurePosixPath:

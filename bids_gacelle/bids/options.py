@@ -16,7 +16,8 @@ from bids_gacelle.bids.series import Kind
 class ModelNeeds:
     """What a model must have to be fitted.
 
-    ``minimum_measurements`` counts echoes (megre), flip angles (vfa) or shells (dwi).
+    ``minimum_measurements`` counts echoes (megre), flip angles (vfa) or shells (dwi),
+    ``minimum_echo_times`` the different echo times of dwi.
     ``takes_gradient_deviation`` is False for a dwi model that has only nominal b-values.
     """
 
@@ -24,6 +25,7 @@ class ModelNeeds:
     kind: Kind
     needs_diffusion_times: bool = False
     minimum_measurements: int = 2
+    minimum_echo_times: int = 1
     takes_gradient_deviation: bool = True
 
 

@@ -46,6 +46,10 @@ class FitResult:
         uint8 (*grid): 0 ok, else the sum of the bits in `FLAG_NAMES`.
     nrmse
         float32 (*grid): root mean squared residual over root mean squared data.
+    chi2
+        float32 (*grid): reduced chi-square, about 1 where model and noise level describe the data
+        (noise that measurements share, as that of a common b=0 image, is not counted); None when
+        no noise level was given.
     trace
         How the solver went: "evaluations" (voxels by number of model evaluations),
         "mean_evaluations", "winning_start" (voxels by index of the start that won); with spatial
@@ -58,6 +62,7 @@ class FitResult:
     std: dict[str, NDArray[np.float32]]
     flags: NDArray[np.uint8]
     nrmse: NDArray[np.float32]
+    chi2: NDArray[np.float32] | None
     trace: dict[str, Any]
     settings: dict[str, Any]
 
@@ -69,6 +74,7 @@ class BlockResult(NamedTuple):
     std: Tensor
     flags: Tensor
     nrmse: Tensor
+    chi2: Tensor
     at_bound: Tensor
     evaluations: Tensor
     winner: Tensor
@@ -97,6 +103,7 @@ class BlockMaps:
             std=empty(len(names)),
             flags=empty(dtype=torch.uint8),
             nrmse=empty(),
+            chi2=empty(),
             at_bound=empty(len(model.parameters), dtype=torch.bool),
             evaluations=empty(dtype=torch.int32),
             winner=empty(dtype=torch.int32),
@@ -141,6 +148,7 @@ class BlockMaps:
             + assessment.rivals * FLAG_SEVERAL_MINIMA
         ).to(torch.uint8)
         out.nrmse[part] = (assessment.squares / assessment.power).sqrt().float()
+        out.chi2[part] = assessment.chi2.float()
         out.at_bound[:, part] = assessment.at_bound
         out.evaluations[part] = solution.evaluations.int()
         out.winner[part] = solution.winner.int()
@@ -180,6 +188,7 @@ class Maps:
         # What is never reached has not converged.
         self._flags = np.full(n, FLAG_NOT_CONVERGED, np.uint8)
         self._nrmse = np.full(n, np.nan, np.float32)
+        self._chi2 = np.full(n, np.nan, np.float32)
         self._finished = np.zeros(n, bool)
         self._at_bound = np.zeros(len(model.parameters), np.int64)
         self._evaluations = np.zeros(0, np.int64)
@@ -209,6 +218,7 @@ class Maps:
                     self._values[name][where] = block.values[i].numpy()
                     self._std[name][where] = block.std[i].numpy()
                 self._nrmse[where] = block.nrmse.numpy()
+                self._chi2[where] = block.chi2.numpy()
                 self._at_bound += block.at_bound.sum(1).numpy()
                 self._evaluations = _added(self._evaluations, block.evaluations)
                 self._winner = _added(self._winner, block.winner)
@@ -224,7 +234,8 @@ class Maps:
 
     def forget_unfinished(self) -> None:
         """Take back what an interrupted block has left."""
-        for values in (*self._values.values(), *self._std.values(), self._nrmse):
+        quality = (self._nrmse, self._chi2)
+        for values in (*self._values.values(), *self._std.values(), *quality):
             values[~self._finished] = np.nan
 
     def share_at_bound(self) -> dict[str, float]:
@@ -247,6 +258,7 @@ class Maps:
             std={name: _on_grid(study, v, np.nan) for name, v in self._std.items()},
             flags=_on_grid(study, self._flags, FLAG_OUTSIDE),
             nrmse=_on_grid(study, self._nrmse, np.nan),
+            chi2=None if study.sigma is None else _on_grid(study, self._chi2, np.nan),
             trace=trace,
             settings=settings,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,6 +66,10 @@ class _Scheme:
     def columns(self) -> dict[str, FloatArray | None]:
         """Return all columns by name, None for those that were not given."""
         return {name: getattr(self, name) for name in self._names}
+
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Self:
+        """Return the scheme of some of the measurements, chosen by a mask or by their places."""
+        return type(self)(**{k: None if c is None else c[rows] for k, c in self.columns().items()})
 
 
 class DiffusionScheme(_Scheme):

@@ -16,9 +16,11 @@ from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowe
 # shape changes, and a start must not depend on the size of a block.
 CHUNK = 2048
 # Entries scored at once: the dozen temporaries of a closed form should stay in cache.
-_TILE = 32
-# Linear parameters are not searched for, so fewer entries do; more than these find no more optima.
-_ENTRIES_PER_PARAMETER = 64
+_TILE = 64
+# More entries than these for each parameter find no more optima. Where linear ones are projected,
+# every entry stands for many.
+_ENTRIES_PER_PARAMETER = 128
+_ENTRIES_PER_PARAMETER_PROJECTED = 64
 # So few parameters can be searched for all over their bounds, where noisy optima often lie.
 _FEW = 2
 
@@ -58,8 +60,8 @@ def build_dictionary(kernel: Kernel, entries: int, regions: int, seed: int) -> D
     fitted = [i for i in range(len(names)) if i != kernel.amplitude and i not in linear]
     bounded = bool((kernel.lower[fitted].isfinite() & kernel.upper[fitted].isfinite()).all())
     few = bool(linear) and len(fitted) <= _FEW and bounded
-    if linear:
-        entries = max(regions, min(entries, _ENTRIES_PER_PARAMETER * len(fitted)))
+    each = _ENTRIES_PER_PARAMETER_PROJECTED if linear else _ENTRIES_PER_PARAMETER
+    entries = max(regions, min(entries, each * len(fitted)))
     engine = torch.quasirandom.SobolEngine(len(fitted), scramble=True, seed=seed)
     unit = engine.draw(entries, dtype=torch.float64).T
     position = torch.ones(len(kernel.box), entries, dtype=torch.float64)

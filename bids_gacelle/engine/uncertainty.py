@@ -36,6 +36,9 @@ class Assessment(NamedTuple):
     ----------
     squares, power
         (voxels,) mean squared residual and mean squared data.
+    chi2
+        (voxels,) sum of squares over noise variance and degrees of freedom; it tells nothing where
+        the noise was taken from the residuals.
     at_bound
         (parameters, voxels) bool.
     covariance
@@ -47,6 +50,7 @@ class Assessment(NamedTuple):
 
     squares: Tensor
     power: Tensor
+    chi2: Tensor
     at_bound: Tensor
     covariance: Tensor
     rivals: Tensor
@@ -113,8 +117,8 @@ class Assessor:
         """Return the sums over measurements; `membership` is (groups, measurements, 1)."""
         kernel = self.kernel
         expected, columns = kernel.expected(position, voxels)
-        residual = expected - voxels.data
-        squares = residual**2
+        counted = voxels.counted()
+        squares = counted * (expected - voxels.data) ** 2
         weight = voxels.weight
         information, noise = self._weights(expected, voxels)
         pairs = packed(len(columns))
@@ -137,9 +141,9 @@ class Assessor:
             for member in membership.unbind(0)
         ]
         return Moments(
-            squares.mean(0),
+            squares.sum(0) / counted.sum(0),
             (squares if weight is None else squares * weight).sum(0),
-            (voxels.data**2).mean(0),
+            (counted * voxels.data**2).sum(0) / counted.sum(0),
             torch.stack(inner),
             torch.stack(middle),
             torch.stack(pulls) if pulls else position.new_zeros(0, *position.shape),
@@ -165,10 +169,11 @@ class Assessor:
     ) -> Assessment:
         at_bound = _at_bound(self.kernel, solution.position)
         free = ~at_bound
+        degrees = voxels.counted().sum(0) - free.sum(0)
+        from_residuals = moments.weighted / torch.where(degrees > 0, degrees, torch.nan)
         variance = voxels.noise_variance
         if variance is None:
-            degrees = len(voxels.data) - free.sum(0)
-            variance = moments.weighted / torch.where(degrees > 0, degrees, torch.nan)
+            variance = from_residuals
         hessian = unpack(moments.information)
         inverse = _inverse(hessian, free)
         if solution.slopes is not None:
@@ -183,6 +188,7 @@ class Assessor:
         return Assessment(
             squares=moments.squares,
             power=moments.power,
+            chi2=from_residuals / variance,
             at_bound=at_bound,
             covariance=covariance,
             rivals=_rivals(hessian, variance, solution),

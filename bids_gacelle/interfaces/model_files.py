@@ -121,7 +121,7 @@ def _check(model: type[SignalModel]) -> None:
     check_declaration(model)
     series = Series(model.kind, "01", "", {}, ())
     try:
-        paths = [names.nrmse_path(series, model=model.name)]
+        paths = [names.quality_path(series, q, model=model.name) for q in ("nrmse", "chi2")]
         for parameter in (*model.parameters, *model.derived):
             paths.append(
                 names.map_path(

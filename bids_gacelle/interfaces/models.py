@@ -103,6 +103,7 @@ def needs_of(name: str) -> ModelNeeds:
         kind=model.kind,
         needs_diffusion_times=model.needs_diffusion_times,
         minimum_measurements=model.minimum_measurements,
+        minimum_echo_times=model.minimum_echo_times,
         takes_gradient_deviation="bscale" in model.voxel_inputs,
     )
 
@@ -119,6 +120,8 @@ def describe_models() -> str:
         )
         if model.needs_diffusion_times:
             needs += " with known pulse duration and separation"
+        if model.minimum_echo_times > 1:
+            needs += f", at least {model.minimum_echo_times} echo times"
         options = ", ".join(f"{k}={v}" for k, v in model.options.items()) or "none"
         given = model_file(name)
         lines += [

@@ -25,13 +25,18 @@ from bids_gacelle.settings import Settings
 OUTSIDE = 1
 """Flag of voxels outside the mask."""
 
+QUALITY = {
+    "nrmse": "Root mean square residual over root mean square signal",
+    "chi2": "Reduced chi-square: squared residuals over noise variance and degrees of freedom",
+}
+
 
 class _WriteOutputSpec(TraitedSpec):
     written = traits.Dict(desc="outputs: files relative to the output folder; maps, ...: manifest")
 
 
 class WriteMaps(Step):
-    """Maps, standard deviations, flags, NRMSE and mask, each with its sidecar."""
+    """Maps, standard deviations, flags, NRMSE, chi-square and mask, each with its sidecar."""
 
     input_spec = FittedInputSpec
     output_spec = _WriteOutputSpec
@@ -101,17 +106,16 @@ class WriteMaps(Step):
     def _write_quality(self) -> dict[str, Any]:
         """Write NRMSE, flags, mask and the reference image; their entries of the manifest."""
         series, model = self._series, self._model
-        nrmse = names.nrmse_path(series, model=model.name)
-        self._write_image(
-            nrmse,
-            scatter(self._fit["nrmse"], self._mask, np.nan),
-            sidecar.map_sidecar(
-                self._record,
-                parameter="nrmse",
-                description="Root mean square residual over root mean square signal",
-                unit="1",
-            ),
-        )
+        quality = {}
+        for name, description in QUALITY.items():
+            if name not in self._fit:
+                continue
+            path = names.quality_path(series, name, model=model.name)
+            about = sidecar.map_sidecar(
+                self._record, parameter=name, description=description, unit="1"
+            )
+            self._write_image(path, scatter(self._fit[name], self._mask, np.nan), about)
+            quality[name] = str(path)
         flags = scatter(self._fit["flags"], self._mask, np.uint8(OUTSIDE))
         flag_path = names.flag_path(series, model=model.name)
         self._write_image(flag_path, flags, sidecar.flag_sidecar(self._record), dtype=np.uint8)
@@ -126,7 +130,7 @@ class WriteMaps(Step):
         self._write_image(reference, picture, None)
         label = self.inputs.collected["reference_label"]
         return {
-            "nrmse": str(nrmse),
+            **quality,
             "flags": str(flag_path),
             "flag_counts": flag_counts(self._fit["flags"]),
             "mask": {

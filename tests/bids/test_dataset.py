@@ -333,7 +333,7 @@ def write_model(out, series, model, datasets):
         about = {"model": model, "param": name, "unit": unit, "hemi": ""}
         rows += [{**row, **about} for row in statistics]
     quality = sidecar.map_sidecar(record, parameter="nrmse", description="NRMSE", unit="1")
-    write_pair(out, names.nrmse_path(series, model=model), array, quality)
+    write_pair(out, names.quality_path(series, "nrmse", model=model), array, quality)
     mask = sidecar.mask_sidecar(record, origin="quick")
     write_pair(out, names.mask_path(series, model=model), array > 0.5, mask, dtype=np.uint8)
     flags = sidecar.flag_sidecar(record)

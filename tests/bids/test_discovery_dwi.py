@@ -11,6 +11,7 @@ import pytest
 from bids_gacelle.bids.discovery import Options, discover
 from bids_gacelle.bids.gradients import read_gradients, shells
 from bids_gacelle.bids.metadata import MetadataError
+from bids_gacelle.bids.options import ModelNeeds
 
 FOUR_SHELLS = "0 0 1000 2000 3000 4000"
 PREPROC = "sub-01/dwi/sub-01_space-ACPC_desc-preproc_dwi"
@@ -496,3 +497,27 @@ def test_one_bad_run_stops_the_joined_series(tree, pick) -> None:
     apart = pick(tree.discover(), "mcmicro", only=False)
     assert [j.eligible for j in apart] == [True, False]
     assert "sub-01_run-2_dwi.bval" in pick(tree.discover(combine_dwi=True), "mcmicro").reason
+
+
+def test_models_of_several_echo_times(tree, pick) -> None:
+    need = ModelNeeds("axonalt2", "dwi", minimum_measurements=2, minimum_echo_times=2)
+
+    def job(**options):
+        return pick(discover(tree.root, (need,), Options(**options)), "axonalt2", only=False)
+
+    tree.dwi("sub-01/dwi/sub-01_acq-a_dwi", EchoTime=0.07)
+    assert "different echo times, but `sub-01/dwi/sub-01_acq-a_dwi.nii.gz` has 70.0 ms only" in (
+        job()[0].reason
+    )
+    assert "--combine-dwi" in job()[0].reason
+    tree.dwi("sub-01/dwi/sub-01_acq-b_dwi", EchoTime=0.09)
+    assert not any(j.eligible for j in job())
+    (joined,) = job(combine_dwi=True)
+    assert joined.eligible
+
+
+def test_an_unknown_echo_time_is_not_taken_for_several(tree, pick) -> None:
+    tree.dwi()
+    need = ModelNeeds("axonalt2", "dwi", minimum_measurements=2, minimum_echo_times=2)
+    job = pick(discover(tree.root, (need,), Options()), "axonalt2")
+    assert "has no EchoTime" in job.reason

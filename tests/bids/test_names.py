@@ -51,7 +51,7 @@ def path_of(source, item):
 
 def all_paths(source, model):
     return [
-        names.nrmse_path(source, model=model),
+        names.quality_path(source, "nrmse", model=model),
         names.mask_path(source, model=model),
         names.flag_path(source, model=model),
         names.flag_path(source, model=model, extension=".tsv"),

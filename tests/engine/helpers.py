@@ -17,6 +17,7 @@ from bids_gacelle.engine import (
 _SHELLS = [2.3, 3.5, 4.8, 6.5]
 NEXI_B = [*_SHELLS, *_SHELLS, 11.3, *_SHELLS, 11.3, 17.3]
 NEXI_DELTA = [13.0] * 4 + [21.0] * 5 + [30.0] * 6
+NEXI_PULSES = [4.5] * 4 + [6.0] * 11
 # Shells of a published AxCaliber-SMT protocol with pulses of 6 ms.
 AXCALIBER_B = [
     0.05,
@@ -37,6 +38,8 @@ AXCALIBER_B = [
     17.8,
 ]
 AXCALIBER_DELTA = [13.0] * 8 + [30.0] * 8
+# Weights and echo times in s of a published multi-echo protocol, relative to b=0 at the first.
+TWO_ECHOES = {"b": [0.5, 1, 2, 6, 0, 0.5, 1, 2, 6], "echo_time": [0.054] * 4 + [0.092] * 5}
 
 
 def make_model(name, **options):
@@ -46,7 +49,23 @@ def make_model(name, **options):
         "mcmicro": DiffusionScheme(b=[0.3, 0.7, 1.0, 2.0, 3.0, 5.0]),
         "nexi": DiffusionScheme(b=NEXI_B, big_delta=NEXI_DELTA),
         "axcalibersmt": DiffusionScheme(b=AXCALIBER_B, big_delta=AXCALIBER_DELTA, small_delta=6.0),
+        "sandi": DiffusionScheme([0.05, 0.3, 0.8, 1.5, 2.3, 3.5, 4.8, 6.5], 13.0, 6.0),
+        "meaxcalibersmt": DiffusionScheme(
+            b=[*AXCALIBER_B, 0.0, *AXCALIBER_B],
+            big_delta=[*AXCALIBER_DELTA, 13.0, *AXCALIBER_DELTA],
+            small_delta=6.0,
+            echo_time=[0.051] * 16 + [0.092] * 17,
+        ),
+        "axonalt2": DiffusionScheme(
+            b=[6.0] * 6 + [8.0] * 6, echo_time=[0.052, 0.062, 0.072, 0.092, 0.112, 0.132] * 2
+        ),
     }
+    schemes["nexidot"] = schemes["nexi"]
+    schemes["smex"] = schemes["sandix"] = DiffusionScheme(
+        b=NEXI_B, big_delta=NEXI_DELTA, small_delta=NEXI_PULSES
+    )
+    if options.get("relaxation"):
+        schemes["mcmicro"] = DiffusionScheme(**TWO_ECHOES)
     return get_model(name)(schemes[name], **options)
 
 
@@ -56,8 +75,22 @@ ALL_MODELS = [
     ("mcmicro", {}),
     ("nexi", {}),
     ("nexi", {"l_max": 2}),
+    ("nexi", {"l_max": 4}),
+    ("nexidot", {}),
+    ("nexidot", {"l_max": 2}),
+    ("smex", {}),
+    ("smex", {"l_max": 4}),
+    ("sandix", {}),
+    ("sandix", {"l_max": 2, "ds": 2.5}),
     ("axcalibersmt", {}),
     ("axcalibersmt", {"limit": "neuman"}),
+    ("sandi", {}),
+    ("sandi", {"limit": "neuman"}),
+    ("meaxcalibersmt", {}),
+    ("meaxcalibersmt", {"fit_r2a": True, "fit_k2a": True}),
+    ("axonalt2", {}),
+    ("axonalt2", {"fit_r2a": True, "fit_k2a": True}),
+    ("mcmicro", {"relaxation": True}),
 ]
 
 

@@ -85,7 +85,7 @@ def problem(name, n, weighted, dtype=torch.float64, **options):
 
 
 CASES = pytest.mark.parametrize(
-    ("name", "options"), [("axcalibersmt", {}), ("nexi", {"l_max": 2})]
+    ("name", "options"), [("axcalibersmt", {}), ("sandi", {}), ("nexi", {"l_max": 2})]
 )
 
 

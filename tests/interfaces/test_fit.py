@@ -4,12 +4,15 @@ import io
 import logging
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bids_gacelle.engine import FitInterrupted, Progress
+from bids_gacelle.engine import DiffusionScheme, FitInterrupted, Progress
 from bids_gacelle.interfaces import fit as module
+from bids_gacelle.interfaces.prepare import scheme_to_json
+from bids_gacelle.settings import Settings
 
 
 @pytest.fixture
@@ -84,3 +87,36 @@ def test_an_interrupted_fit_stays_interrupted(monkeypatch):
     with pytest.raises(KeyboardInterrupt) as caught:
         node.work(Settings, None)
     assert type(caught.value) is KeyboardInterrupt
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Signals, their noise and their b=0 groups, each row with a number of its own."""
+    rows = np.arange(6, dtype=np.float32)[:, None] + np.zeros(4, np.float32)
+    scheme = DiffusionScheme(b=[0.7, 5, 6, 0.7, 5, 6], echo_time=[0.06] * 3 + [0.09] * 3)
+    files = {"signals": 0.3 - 0.01 * rows, "sigma": 0.01 * (1 + rows), "scale_sigma": rows[:2]}
+    for name, array in files.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    return {
+        "scheme": scheme_to_json(scheme),
+        "inputs": {},
+        "scale_group": [0, 0, 0, 1, 1, 1],
+        **{name: str(tmp_path / f"{name}.npy") for name in files},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rows"),
+    [("mcmicro", {}, [0, 1, 2, 3, 4, 5]), ("axonalt2", {"b_min": 5.5}, [2, 5])],
+)
+def test_a_model_gets_the_shells_it_wants(monkeypatch, prepared, name, options, rows):
+    settings = Settings(Path(), Path(), model_options={name: options})
+    model, data = module.build_model(name, settings, prepared)
+    assert model.scheme.b.tolist() == [[0.7, 5, 6, 0.7, 5, 6][i] for i in rows]
+    np.testing.assert_allclose(data[:, 0], 0.3 - 0.01 * np.array(rows))
+    seen = {}
+    monkeypatch.setattr(module, "fit", lambda model, data, **given: seen.update(given, data=data))
+    module._fit_call(model, settings, prepared)(data, slice(1, 3), None)
+    assert seen["data"].shape == seen["sigma"].shape == (len(rows), 2)
+    np.testing.assert_allclose(seen["sigma"][:, 0], 0.01 * (1 + np.array(rows)))
+    np.testing.assert_array_equal(seen["scale_group"], [int(i > 2) for i in rows])

@@ -17,7 +17,13 @@ MODELS: dict[str, str] = {
     "despot1": "bids_gacelle.engine.models.despot1:Despot1",
     "mcmicro": "bids_gacelle.engine.models.mcmicro:McMicro",
     "nexi": "bids_gacelle.engine.models.nexi:Nexi",
+    "nexidot": "bids_gacelle.engine.models.nexidot:NexiDot",
+    "smex": "bids_gacelle.engine.models.smex:Smex",
+    "sandi": "bids_gacelle.engine.models.sandi:Sandi",
+    "sandix": "bids_gacelle.engine.models.sandix:Sandix",
     "axcalibersmt": "bids_gacelle.engine.models.axcalibersmt:AxCaliberSmt",
+    "meaxcalibersmt": "bids_gacelle.engine.models.meaxcalibersmt:MeAxCaliberSmt",
+    "axonalt2": "bids_gacelle.engine.models.axonalt2:AxonalT2",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from bids_gacelle.engine.physics.restricted import CYLINDER, RestrictedTable
 from bids_gacelle.engine.scheme import DiffusionScheme
 
 
-def _parameters(depar: float) -> tuple[Parameter, ...]:
+def axcaliber_parameters(depar: float) -> tuple[Parameter, ...]:
     """Return the fitted parameters for an axial diffusivity outside the axons in um^2/ms."""
     return (
         Parameter(
@@ -74,7 +74,7 @@ class AxCaliberSmt(DiffusionModel):
         "one were fixed. Diameters below the resolution limit of the gradient system cannot be "
         "told from zero, and the largest axons dominate the effective diameter of a voxel."
     )
-    references = (
+    references: ClassVar[tuple[Reference, ...]] = (
         Reference(
             "fan2020",
             "Fan Q, Nummenmaa A, Witzel T, Ohringer N, Tian Q, Setsompop K, Klawiter EC, Rosen "
@@ -93,8 +93,8 @@ class AxCaliberSmt(DiffusionModel):
     )
     needs_diffusion_times = True
     minimum_measurements = 4
-    required = ("b", "big_delta", "small_delta")
-    options = {  # noqa: RUF012
+    required: ClassVar[tuple[str, ...]] = ("b", "big_delta", "small_delta")
+    options: ClassVar[dict[str, Any]] = {
         "d0": 1.7,
         "dn": 1.7,
         "depar": 1.7,
@@ -103,8 +103,13 @@ class AxCaliberSmt(DiffusionModel):
     }
     choices = {"limit": ("vangelderen", "neuman")}  # noqa: RUF012
     starts = 2
-    linear = ("fn", "fcsf")
-    parameters: tuple[Parameter, ...] = _parameters(1.7)
+    linear: tuple[str, ...] = ("fn", "fcsf")
+    parameters: tuple[Parameter, ...] = axcaliber_parameters(1.7)
+    derived = (
+        Parameter("radius", "um", "Axon radius", window=(0.0, 5.0)),
+        Parameter("fntotal", "1", "Neurite share of the whole signal", window=(0.0, 1.0)),
+        Parameter("fetotal", "1", "Extra-neurite share of the whole signal", window=(0.0, 1.0)),
+    )
 
     def __init__(
         self,
@@ -123,7 +128,7 @@ class AxCaliberSmt(DiffusionModel):
             if not 0 < value < float("inf"):
                 raise EngineError(f"{name} must be a positive diffusivity, got {value}.")
         self.dn, self.depar, self.dcsf = dn, depar, dcsf
-        self.parameters = _parameters(depar)
+        self.parameters = axcaliber_parameters(depar)
         assert scheme.small_delta is not None
         assert scheme.big_delta is not None
         self._across = RestrictedTable(
@@ -140,16 +145,15 @@ class AxCaliberSmt(DiffusionModel):
 
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return the powder average of each shell; shapes as in `SignalModel.signal`."""
-        return _mix(
-            params, *self._compartments(params, inputs, self._attenuation(params, inputs)[0])
-        )
+        exponent, _ = self.attenuation(self._across, params["diameter"] / 2, inputs)
+        return _mix(params, *self._compartments(params, inputs, exponent))
 
     def jacobian(
         self, params: dict[str, Tensor], inputs: Inputs | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return signal and derivatives by diameter, fn, fcsf and deperp."""
         deperp, fn, fcsf = params["deperp"], params["fn"], params["fcsf"]
-        exponent, slope = self._attenuation(params, inputs)
+        exponent, slope = self.attenuation(self._across, params["diameter"] / 2, inputs)
         axon, extra, csf = self._compartments(params, inputs, exponent)
         b, along_axon, along_extra = self._constants(inputs, deperp)
         by_exponent = axial_average_slope(exponent, along_axon, axon)
@@ -163,9 +167,18 @@ class AxCaliberSmt(DiffusionModel):
         )
         return _mix(params, axon, extra, csf), torch.stack(columns)
 
+    def derive(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the radius, and the shares fntotal and fetotal; with fcsf these add up to 1."""
+        tissue = 1 - params["fcsf"]
+        return {
+            "radius": params["diameter"] / 2,
+            "fntotal": tissue * params["fn"],
+            "fetotal": tissue * (1 - params["fn"]),
+        }
+
     def mixture(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return the signals of axons, extra-neurite space and CSF."""
-        exponent, _ = self._attenuation(params, inputs)
+        exponent, _ = self.attenuation(self._across, params["diameter"] / 2, inputs)
         return torch.stack(torch.broadcast_tensors(*self._compartments(params, inputs, exponent)))
 
     def unmix(self, weights: Tensor) -> dict[str, Tensor]:
@@ -182,15 +195,6 @@ class AxCaliberSmt(DiffusionModel):
         axon = axial_average(exponent, along_axon, oblate=self._oblate)
         extra = axial_average(b * params["deperp"], along_extra, oblate=False)
         return axon, extra, torch.exp(-self.dcsf * b)
-
-    def _attenuation(
-        self, params: dict[str, Tensor], inputs: Inputs | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the exponents across the axons and their derivatives by the radius."""
-        exponent, slope = self._across(params["diameter"] / 2)
-        if inputs is not None and "bscale" in inputs:
-            return exponent * inputs["bscale"], slope * inputs["bscale"]
-        return exponent, slope
 
     def _constants(self, inputs: Inputs | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return b, b dn and b depar, each (shells, 1...)."""

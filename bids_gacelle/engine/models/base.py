@@ -114,11 +114,13 @@ class SignalModel(ABC):
         makes a voxel unusable.
     minimum_measurements
         Smallest number of echoes, flip angles or shells.
+    minimum_echo_times
+        Smallest number of different echo times that a dwi series must have.
     voxel_inputs, input_defaults
         Names of maps the signal depends on (such as b1), and the value when none is given.
     options, choices
         Constructor options with their defaults, whose type they keep; allowed values of those
-        that have few.
+        that have few. An instance has its values as attributes.
     required
         Columns the acquisition must have.
     has_closed_form
@@ -144,6 +146,7 @@ class SignalModel(ABC):
     signed: ClassVar[bool] = False
     needs_diffusion_times: ClassVar[bool] = False
     minimum_measurements: ClassVar[int] = 1
+    minimum_echo_times: ClassVar[int] = 1
     voxel_inputs: ClassVar[tuple[str, ...]] = ()
     input_defaults: ClassVar[dict[str, float]] = {}
     options: ClassVar[dict[str, Any]] = {}
@@ -168,6 +171,8 @@ class SignalModel(ABC):
                 f"{self.name} needs a {expected.__name__}, got {type(scheme).__name__}."
             )
         self.check_options(options)
+        for name, default in self.options.items():
+            setattr(self, name, options.get(name, default))
         missing = [column for column in self.required if getattr(scheme, column) is None]
         if missing:
             raise EngineError(f"{self.name} needs {' and '.join(missing)} in its acquisition.")
@@ -206,6 +211,20 @@ class SignalModel(ABC):
         other echo times among them.
         """
         return False
+
+    @classmethod
+    def wanted(cls, scheme: Scheme, options: Mapping[str, Any]) -> NDArray[np.bool_] | None:
+        """Tell which measurements a model with these options fits; None: all of them.
+
+        The others must be left out of the scheme that the model is made for (`scheme.take`), and
+        of its data: a model describes each measurement of its scheme.
+
+        Raises
+        ------
+        EngineError
+            There are too few of them.
+        """
+        return None
 
     @property
     def parameter_names(self) -> tuple[str, ...]:

@@ -114,13 +114,15 @@ def probe_scheme(cls: type[SignalModel]) -> Scheme:
     n = max(8, int(cls.minimum_measurements))
     ramp = np.arange(1, n + 1) / n
     if cls.kind == "dwi":
-        return DiffusionScheme(
+        scheme = DiffusionScheme(
             b=5 * ramp,
             big_delta=20 + 20 * ramp,
             small_delta=10.0,
-            echo_time=0.08,
+            echo_time=0.08 + 0.04 * ramp if cls.minimum_echo_times > 1 else 0.08,
             n_directions=30.0,
         )
+        wanted = cls.wanted(scheme, {})
+        return scheme if wanted is None else scheme.take(wanted)
     return GradientEchoScheme(
         echo_time=0.04 * ramp, flip_angle=30 * ramp, repetition_time=0.03 + 0.01 * ramp
     )

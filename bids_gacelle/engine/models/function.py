@@ -53,8 +53,6 @@ class FunctionModel(SignalModel):
     def __init__(self, scheme: Scheme, **options: Any) -> None:
         super().__init__(scheme, **options)
         self._options = {**self.options, **options}
-        for name, value in self._options.items():
-            setattr(self, name, value)
         self._given = {name: column is not None for name, column in scheme.columns().items()}
         self._touched: list[str] | None = []
         check_signal(self)

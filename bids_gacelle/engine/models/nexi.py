@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,11 +11,19 @@ from torch import Tensor
 
 from bids_gacelle.engine.models.base import Inputs, Parameter, Reference
 from bids_gacelle.engine.models.diffusion import DiffusionModel
-from bids_gacelle.engine.physics.exchange import karger, karger_derivatives
-from bids_gacelle.engine.physics.quadrature import legendre2, powder_rule
+from bids_gacelle.engine.physics.exchange import Exchange, karger, karger_derivatives
+from bids_gacelle.engine.physics.quadrature import legendre2, legendre4, powder_rule
 from bids_gacelle.engine.scheme import DiffusionScheme
 
-_FITTED = (
+JELESCU = Reference(
+    "jelescu2022",
+    "Jelescu IO, de Skowronski A, Geffroy F, Palombo M, Novikov DS. Neurite Exchange "
+    "Imaging (NEXI): a minimal model of diffusion in gray matter with inter-compartment "
+    "water exchange. NeuroImage 2022;256:119277.",
+    "10.1016/j.neuroimage.2022.119277",
+)
+
+FITTED = (
     Parameter(
         "fn",
         "1",
@@ -50,24 +59,34 @@ _FITTED = (
         coordinate="log",
     ),
 )
-_P2 = Parameter(
-    "p2",
-    "1",
-    "Orientation coherence of the neurites (second Legendre coefficient)",
-    bounds=(0.0, 1.0),
-    start=(0.05, 0.95),
-    window=(0.0, 1.0),
+_COHERENCES = tuple(
+    Parameter(
+        f"p{order}",
+        "1",
+        f"Orientation coherence of the neurites ({word} Legendre coefficient)",
+        bounds=(0.0, 1.0),
+        start=(0.05, 0.95),
+        window=(0.0, 1.0),
+    )
+    for order, word in ((2, "second"), (4, "fourth"))
+)
+# Coherences of the signals that a mixture consists of; all others lie between them. The last one
+# is where the least squares over the mixture look from: seen from there p2 and p4 do not mix.
+_CORNERS = {0: ((),), 2: ((0,), (1,)), 4: ((1, 0), (0, 1), (1, 1), (0, 0))}
+RATE = Parameter(
+    "rn", "1/ms", "Exchange rate from neurites to extra-neurite space", window=(0.0, 0.1)
 )
 
 
 class Nexi(DiffusionModel):
     """Narrow-pulse anisotropic Kaerger model, averaged over directions.
 
-    S_0 = int_0^1 M(x) dx and, with `l_max` 2, S_2 = p2 |int_0^1 M(x) P2(x) dx|, where M is the
+    S_0 = int_0^1 M(x) dx and, up to `l_max`, S_l = p_l |int_0^1 M(x) P_l(x) dx|, where M is the
     signal of a stick (diffusivity dn x^2 along the gradient) exchanging with an isotropic space
     (de) within the time tex. The diffusion time is the pulse separation.
 
-    The measurements are S_0 of all shells, then, with `l_max` 2, S_2 of all shells.
+    The measurements are S_0 of all shells, then, with `l_max` 2 or 4, S_2 of all shells, and with
+    4 S_4 of all shells.
     """
 
     name = "nexi"
@@ -77,126 +96,167 @@ class Nexi(DiffusionModel):
         "narrow-pulse anisotropic Kaerger model of neurites that exchange water with the "
         "extra-neurite space. The exchange time was fitted on a logarithmic scale."
     )
-    references = (
-        Reference(
-            "jelescu2022",
-            "Jelescu IO, de Skowronski A, Geffroy F, Palombo M, Novikov DS. Neurite Exchange "
-            "Imaging (NEXI): a minimal model of diffusion in gray matter with inter-compartment "
-            "water exchange. NeuroImage 2022;256:119277.",
-            "10.1016/j.neuroimage.2022.119277",
-        ),
-    )
+    references: ClassVar[tuple[Reference, ...]] = (JELESCU,)
     needs_diffusion_times = True
     minimum_measurements = 4
-    required = ("b", "big_delta")
-    options = {"l_max": 0}  # noqa: RUF012
-    choices = {"l_max": (0, 2)}  # noqa: RUF012
+    required: ClassVar[tuple[str, ...]] = ("b", "big_delta")
+    options: ClassVar[dict[str, Any]] = {"l_max": 0}
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"l_max": (0, 2, 4)}
     starts = 4
-    parameters: tuple[Parameter, ...] = _FITTED
-    derived = (
-        Parameter(
-            "rn", "1/ms", "Exchange rate from neurites to extra-neurite space", window=(0.0, 0.1)
-        ),
+    fitted: ClassVar[tuple[Parameter, ...]] = FITTED
+    share: ClassVar[str] = "fn"  # the neurite share of the signal that exchanges
+    parameters: tuple[Parameter, ...] = FITTED
+    derived: tuple[Parameter, ...] = (
+        RATE,
+        Parameter("fe", "1", "Extra-neurite signal fraction", window=(0.0, 1.0)),
     )
 
     def __init__(self, scheme: DiffusionScheme, *, l_max: int = 0, **options: Any) -> None:
         super().__init__(scheme, l_max=l_max, **options)
         self.l_max = l_max
-        self.parameters = (*_FITTED, _P2) if l_max == 2 else _FITTED
-        self.linear = ("p2",) if l_max == 2 else ()
-        sharpest = float(scheme.b.max()) * _FITTED[1].bounds[1]
-        # Six nodes err by 2e-6, far below any noise: enough for single-precision fits.
+        coherences = _COHERENCES[: l_max // 2]
+        self.parameters = (*self.fitted, *coherences)
+        self.coherences = self.linear = tuple(p.name for p in coherences)
+        sharpest = float(scheme.b.max()) * FITTED[1].bounds[1]
+        # Six nodes err by 2e-6, far below any noise: enough for single-precision fits. Not for
+        # P4, which no rule was fitted for.
         self._rules = {
-            dtype: _nodes(*powder_rule(sharpest, n))
-            for dtype, n in ((torch.float32, 6), (torch.float64, 8))
+            dtype: _rule(*powder_rule(sharpest, n), l_max)
+            for dtype, n in ((torch.float32, 6 if l_max < 4 else 8), (torch.float64, 8))
         }
 
     @property
     def n_measurements(self) -> int:
         """Number of shells times the number of rotational invariants."""
-        return len(self.scheme) * (2 if self.l_max == 2 else 1)
+        return len(self.scheme) * (self.l_max // 2 + 1)
 
     @property
     def averages(self) -> np.ndarray:
-        """Magnitudes averaged in S_0 of each shell; S_2 is no average of magnitudes."""
+        """Magnitudes averaged in S_0 of each shell; the others are no averages of magnitudes."""
         counts = super().averages[: len(self.scheme)]
         return np.concatenate((counts, np.zeros(self.n_measurements - len(counts))))
 
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
-        """Return S_0, and S_2 with `l_max` 2; shapes as in `SignalModel.signal`."""
-        s0, s2 = self._invariants(params, inputs)
-        return s0 if s2 is None else torch.cat((s0, params["p2"] * s2))
+        """Return S_0 and the other invariants; shapes as in `SignalModel.signal`."""
+        return self._coherent(params, self._invariants(params, inputs))
 
     def mixture(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
-        """Return the signals of no coherence (p2 = 0) and of full coherence (p2 = 1)."""
-        s0, s2 = self._invariants(params, inputs)
-        assert s2 is not None
-        return torch.stack((torch.cat((s0, torch.zeros_like(s2))), torch.cat((s0, s2))))
+        """Return the signals of no and of full coherence of either order."""
+        s0, *others = self._invariants(params, inputs)
+        zero = torch.zeros_like(s0)
+        return torch.stack(
+            [
+                torch.cat([s0, *(s if on else zero for on, s in zip(corner, others, strict=True))])
+                for corner in _CORNERS[self.l_max]
+            ]
+        )
 
     def unmix(self, weights: Tensor) -> dict[str, Tensor]:
-        """Return p2, the weight of full coherence."""
-        return {"p2": weights[1]}
-
-    def _invariants(
-        self, params: dict[str, Tensor], inputs: Inputs | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return S_0 and, with `l_max` 2, S_2 / p2, each (shells, ...)."""
-        along, beside, rate = self._exponents(params, inputs)
-        s0 = s2 = torch.zeros_like(rate)
-        # One node after the other: tensors stay small, and a compiler fuses all of them.
-        for x2, weight, legendre in self._rule(rate):
-            kernel = karger(params["fn"], along * x2, beside, rate)
-            s0 = s0 + weight * kernel
-            s2 = s2 + legendre * kernel
-        return s0, s2 if self.l_max == 2 else None
+        """Return p2 and p4, the weights of the signals that have the coherence."""
+        corners = _CORNERS[self.l_max]
+        return {
+            name: weights[[k for k, corner in enumerate(corners) if corner[i]]].sum(0).clamp_max(1)
+            for i, name in enumerate(self.coherences)
+        }
 
     def jacobian(
         self, params: dict[str, Tensor], inputs: Inputs | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return signal and derivatives by fn, dn, de, tex (and p2)."""
+        """Return signal and derivatives by all parameters."""
+        signal, columns = self._columns(params, inputs)
+        return signal, torch.stack([columns[name] for name in self.parameter_names])
+
+    def _columns(
+        self, params: dict[str, Tensor], inputs: Inputs | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the signal and its derivatives by name."""
         along, beside, rate = self._exponents(params, inputs)
-        zero = torch.zeros_like(rate)
-        s0, s2 = [zero] * 5, [zero] * 5
-        for x2, weight, legendre in self._rule(rate):
-            parts = list(karger_derivatives(params["fn"], along * x2, beside, rate))
-            parts[2] = parts[2] * x2
-            s0 = [total + weight * part for total, part in zip(s0, parts, strict=True)]
-            if self.l_max == 2:
-                s2 = [total + legendre * part for total, part in zip(s2, parts, strict=True)]
-        b = self.b(inputs, params["fn"])
+
+        def slopes(x2: Any) -> Exchange:
+            found = self._kernel_slopes(params[self.share], along * x2, beside, rate)
+            return found._replace(by_first=found.by_first * x2)
+
+        orders = self._integrals(slopes, rate)
+        b = self.b(inputs, params["dn"])
         one = torch.ones_like(b)
         factors = (one, one, b, b, 1 / params["tex"])
-        s0 = [total * factor for total, factor in zip(s0, factors, strict=True)]
-        if self.l_max == 0:
-            return s0[0], torch.stack(s0[1:])
-        s2 = [total * factor for total, factor in zip(s2, factors, strict=True)]
-        full = [torch.cat((a, params["p2"] * b)) for a, b in zip(s0, s2, strict=True)]
-        return full[0], torch.stack([*full[1:], torch.cat((zero, s2[0]))])
+        orders = [
+            [part * factor for part, factor in zip(order, factors, strict=True)]
+            for order in orders
+        ]
+        signal, *columns = [self._coherent(params, parts) for parts in zip(*orders, strict=True)]
+        named = dict(zip((self.share, "dn", "de", "tex"), columns, strict=True))
+        zero = torch.zeros_like(rate)
+        for i, name in enumerate(self.coherences, 1):
+            rows = [orders[i][0] if k == i else zero for k in range(len(orders))]
+            named[name] = torch.cat(rows)
+        return signal, named
 
     def derive(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return rn = (1 - fn) / tex in 1/ms."""
-        return {"rn": (1 - params["fn"]) / params["tex"]}
+        """Return rn = (1 - fn) / tex in 1/ms, and fe = 1 - fn."""
+        rest = 1 - params["fn"]
+        return {"rn": rest / params["tex"], "fe": rest}
+
+    def _coherent(self, params: dict[str, Tensor], orders: Sequence[Tensor]) -> Tensor:
+        """Return (measurements, ...) from S_0 and S_l / p_l, each (shells, ...)."""
+        rest = zip(self.coherences, orders[1:], strict=True)
+        return torch.cat([orders[0], *(params[name] * part for name, part in rest)])
+
+    def _invariants(self, params: dict[str, Tensor], inputs: Inputs | None) -> list[Tensor]:
+        """Return S_0 and S_l / p_l, each (shells, ...)."""
+        along, beside, rate = self._exponents(params, inputs)
+
+        def kernel(x2: Any) -> tuple[Tensor]:
+            return (self._kernel(params[self.share], along * x2, beside, rate),)
+
+        return [order[0] for order in self._integrals(kernel, rate)]
+
+    def _integrals(
+        self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor
+    ) -> list[list[Tensor]]:
+        """Return |int_0^1 F P_l dx| of functions F(x^2), for each l a list of one for each F."""
+        squares, weights = self._rule(like)
+        totals: list[list[Any]] = [[0.0] * 5 for _ in weights]
+        # One node after the other: tensors stay small, and a compiler fuses all of them.
+        for i, x2 in enumerate(squares):
+            parts = of_square(x2)
+            totals = [
+                [total + weight[i] * part for total, part in zip(order, parts, strict=False)]
+                for order, weight in zip(totals, weights, strict=True)
+            ]
+        return totals
+
+    def _kernel(self, fn: Tensor, along: Tensor, beside: Tensor, rate: Tensor) -> Tensor:
+        """Return M of the exponents along the stick and beside it, and of Delta / tex."""
+        return karger(fn, along, beside, rate)
+
+    def _kernel_slopes(self, fn: Tensor, along: Tensor, beside: Tensor, rate: Tensor) -> Exchange:
+        """Return M and its derivatives."""
+        return karger_derivatives(fn, along, beside, rate)
 
     def _exponents(
         self, params: dict[str, Tensor], inputs: Inputs | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return b dn, b de and Delta / tex, each of shape (shells, ...)."""
         assert self.scheme.big_delta is not None
-        b = self.b(inputs, params["fn"])
-        time = self.table("big_delta", self.scheme.big_delta, params["fn"])
+        b = self.b(inputs, params["dn"])
+        time = self.table("big_delta", self.scheme.big_delta, params["dn"])
         return b * params["dn"], b * params["de"], time / params["tex"]
 
-    def _rule(self, like: Tensor) -> list[tuple[float, float, float]]:
+    def _rule(self, like: Tensor) -> tuple[list[float], list[list[float]]]:
         return self._rules.get(like.dtype, self._rules[torch.float64])
 
 
-def _nodes(nodes: np.ndarray, weights: np.ndarray) -> list[tuple[float, float, float]]:
-    """Return x^2, the weight, and the weight times -P2(x) of each node of a rule.
+def _rule(
+    nodes: np.ndarray, weights: np.ndarray, l_max: int
+) -> tuple[list[float], list[list[float]]]:
+    """Return x^2 of each node of a rule, and for each l the weights times +-P_l(x).
 
-    M falls with x, so its integral with P2 is never positive: minus is the absolute value, without
-    a kink where neurites vanish.
+    Spins spend some share t of the attenuation b dn x^2 in neurites, so that M is an average of
+    exp(-t b dn x^2) with t from 0 to 1. Each of these has a negative integral with P2 and a
+    positive one with P4, so the absolute value is a sign, without a kink where neurites vanish.
+    For the same reason a rule that integrates exp(-a x^2) integrates M.
     """
-    return [
-        (x * x, weight, -weight * legendre2(x))
-        for x, weight in zip(nodes.tolist(), weights.tolist(), strict=True)
-    ]
+    squares = (nodes**2).tolist()
+    signed = [(1.0, -legendre2(x), legendre4(x))[: l_max // 2 + 1] for x in nodes.tolist()]
+    return squares, (weights * np.transpose(signed)).tolist()

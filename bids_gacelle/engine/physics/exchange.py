@@ -21,13 +21,14 @@ class Exchange(NamedTuple):
 class _Roots(NamedTuple):
     """Quantities of the 2x2 matrix exponential that the signal and its derivatives share."""
 
+    out: Tensor  # r1, exchange out of the first compartment
+    back: Tensor  # r2, exchange into it
     half_difference: Tensor  # u
     half_gap2: Tensor  # w = u^2 + r1 r2, the squared half distance l2 of the eigenvalues
     slow: Tensor  # E = exp(-(smaller eigenvalue))
     middle: Tensor  # E exp(-l2)
     cosh: Tensor  # c = E exp(-l2) cosh l2
     sinhc: Tensor  # s = E exp(-l2) sinh(l2) / l2
-    excess: Tensor  # q
 
 
 # Below this w the closed forms of sinh(l2) / l2 and of the difference c - s cancel; their series
@@ -51,14 +52,27 @@ def _roots(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor) -> _Roots:
     series = 1 + w * (1 / 6 + w * (1 / 120 + w * (1 / 5040 + w * (1 / 362880))))
     sinhc = torch.where(w < _SMALL_GAP2, middle * series, slow * (1 - square) * (0.5 / gap))
     return _Roots(
+        out=r1,
+        back=r2,
         half_difference=u,
         half_gap2=w,
         slow=slow,
         middle=middle,
         cosh=slow * (0.5 + 0.5 * square),
         sinhc=sinhc,
-        excess=(0.5 - f) * (d1 - d2) + 0.5 * rate,
     )
+
+
+def _excess(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor) -> Tensor:
+    """Return q in the signal c + q s."""
+    return (0.5 - f) * (d1 - d2) + 0.5 * rate
+
+
+def _slope_ratio(roots: _Roots) -> Tensor:
+    """Return (c - s) / w, which is twice the derivative of s by w."""
+    w, c, s = roots.half_gap2, roots.cosh, roots.sinhc
+    series = roots.middle * (1 / 3 + w * (1 / 30 + w * (1 / 840 + w * (1 / 45360))))
+    return torch.where(w < _SMALL_GAP2, series, (c - s) / w)
 
 
 def karger(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor) -> Tensor:
@@ -83,17 +97,16 @@ def karger(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor) -> Tensor:
     (2022), with the eigenvalue difference written so that nothing cancels or overflows.
     """
     roots = _roots(f, d1, d2, rate)
-    return roots.cosh + roots.excess * roots.sinhc
+    return roots.cosh + _excess(f, d1, d2, rate) * roots.sinhc
 
 
 def karger_derivatives(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor) -> Exchange:
     """Return `karger` with its derivatives by f, by d1, by d2 and by the log exchange time."""
     r = _roots(f, d1, d2, rate)
-    u, w, c, s = r.half_difference, r.half_gap2, r.cosh, r.sinhc
-    series = r.middle * (1 / 3 + w * (1 / 30 + w * (1 / 840 + w * (1 / 45360))))
-    ratio = torch.where(w < _SMALL_GAP2, series, (c - s) / w)
-    t = 0.5 * (s + r.excess * ratio)
-    signal = c + r.excess * s
+    u, c, s = r.half_difference, r.cosh, r.sinhc
+    excess = _excess(f, d1, d2, rate)
+    t = 0.5 * (s + excess * _slope_ratio(r))
+    signal = c + excess * s
     half = 0.5 * (s - signal)
     tu = t * u
     skew = rate * (1 - 2 * f)

@@ -11,7 +11,8 @@ OPTIMISED_LIMIT = 60.6
 """Largest exponent a of exp(-a x^2) for which the optimised rules keep their stated error."""
 
 # Nodes and weights fitted by least squares to int_0^1 exp(-a x^2) P_l(x) dx for a in [0, 60] and
-# l = 0, 2. Plain Gauss-Legendre needs twice the nodes for the same error.
+# l = 0, 2. Plain Gauss-Legendre needs twice the nodes for the same error. For l = 4, which the fit
+# did not contain, 8 nodes err by 6e-8 and 6 nodes by 2e-5.
 _OPTIMISED = {
     6: (
         (0.068574896969, 0.210786725195, 0.369650621722,
@@ -61,3 +62,8 @@ def powder_rule(largest_exponent: float, n: int = 8) -> tuple[FloatArray, FloatA
 def legendre2(x: float) -> float:
     """Return the Legendre polynomial P2(x) = (3 x^2 - 1) / 2."""
     return (3 * x**2 - 1) / 2
+
+
+def legendre4(x: float) -> float:
+    """Return the Legendre polynomial P4(x) = (35 x^4 - 30 x^2 + 3) / 8."""
+    return ((35 * x**2 - 30) * x**2 + 3) / 8
