@@ -85,6 +85,14 @@ class Voxels(NamedTuple):
             return self.emphasis if self.weight is None else self.weight
         return self.weight * self.emphasis
 
+    def counted(self) -> Tensor:
+        """Return 1 for measurements that an estimate uses and 0 for those left out, as `data`."""
+        counted = torch.ones_like(self.data)
+        for factor in (self.weight, self.emphasis):
+            if factor is not None:
+                counted = counted * (factor != 0)
+        return counted
+
     def variance(self) -> Tensor:
         """Return the noise variance of each measurement, (measurements or 1, voxels)."""
         assert self.noise_variance is not None

@@ -103,24 +103,31 @@ class FitModel(Step):
 def build_model(name: str, settings: Settings, prepared: dict[str, Any]) -> tuple[Any, np.ndarray]:
     """The model for the prepared scheme, and the rows of the signals that it describes."""
     own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
-    scheme, rows = _select(name, settings, prepared)
+    measured, scheme, rows = _select(name, settings, prepared)
     model = get_model(name)(scheme, **own)
     # Invariants follow each other by order, so a model of a lower l_max takes the first ones.
-    signals = np.load(prepared["signals"], mmap_mode="r")[rows]
+    signals = np.load(measured["signals"], mmap_mode="r")[rows]
     if model.n_measurements > len(signals):
         raise InputError(f"{name}: {prepared['l_max_error']}")
     return model, signals[: model.n_measurements]
 
 
-def _select(name: str, settings: Settings, prepared: dict[str, Any]) -> tuple[Any, Any]:
-    """The acquisition that a model is made for, and the rows of the signals that it has."""
+def _select(
+    name: str, settings: Settings, prepared: dict[str, Any]
+) -> tuple[dict[str, Any], Any, Any]:
+    """The measurements for a model, the acquisition it is made for, and the rows that it has."""
     own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
+    model = get_model(name)
+    if model.wants_echo_decay(own):
+        if "echo_decay" not in prepared:
+            raise InputError(f"{name}: {prepared['echo_decay_error']}")
+        prepared = prepared["echo_decay"]
     scheme = scheme_from_json(prepared["scheme"])
-    wanted = get_model(name).wanted(scheme, own)
+    wanted = model.wanted(scheme, own)
     if wanted is None:
-        return scheme, slice(None)
+        return prepared, scheme, slice(None)
     rows = np.flatnonzero(wanted)
-    return scheme.take(rows), rows
+    return prepared, scheme.take(rows), rows
 
 
 def load_fit(fitted: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -137,11 +144,14 @@ def _fit_call(
 ) -> Callable[[np.ndarray, slice, Any], FitResult]:
     given = settings.model_options.get(model.name, {})
     _, options = split_options(model.name, given, settings.solver)
-    _, rows = _select(model.name, settings, prepared)
-    sigma = np.load(prepared["sigma"], mmap_mode="r")[rows] if prepared["sigma"] else None
     inputs = {k: np.load(v) for k, v in prepared["inputs"].items() if k in model.voxel_inputs}
-    scale = np.load(prepared["scale_sigma"], mmap_mode="r") if "scale_sigma" in prepared else None
-    group = None if scale is None else np.asarray(prepared["scale_group"])[rows]
+    measured, _, rows = _select(model.name, settings, prepared)
+    sigma = np.load(measured["sigma"], mmap_mode="r")[rows] if measured["sigma"] else None
+    scale = np.load(measured["scale_sigma"], mmap_mode="r") if "scale_sigma" in measured else None
+    group = None if scale is None else np.asarray(measured["scale_group"])[rows]
+    weights = np.asarray(measured["weights"])[rows] if "weights" in measured else None
+    if weights is not None and (sigma is not None or (weights == weights[0]).all()):
+        weights = None  # sigma leaves out what has no weight
 
     def call(data: np.ndarray, voxels: slice, progress: Any) -> FitResult:
         return fit(
@@ -150,6 +160,7 @@ def _fit_call(
             sigma=None if sigma is None else sigma[: len(data), voxels],
             scale_sigma=None if scale is None else scale[:, voxels],
             scale_group=None if group is None else group[: len(data)],
+            weights=None if weights is None else weights[: len(data)],
             inputs={k: v[voxels] for k, v in inputs.items()},
             solver=settings.solver,
             noise=settings.noise,

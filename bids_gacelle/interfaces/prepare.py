@@ -55,24 +55,25 @@ class PrepareSignals(Step):
         volumes = np.load(self.inputs.collected["volumes"], mmap_mode="r")
         signals = volumes[:, mask]
         prepared: dict[str, Any] = {"sigma": "", "inputs": {}, "warnings": []}
-        scheme: GradientEchoScheme | DiffusionScheme
         if series.kind == "dwi":
             runs = _dwi_volumes(series, signals)
             noise, warnings = _noise(series, runs, mask, settings.b0_threshold)
-            result, prepared["l_max_error"] = self._prepare_dwi(series, runs, noise, settings)
-            scheme, signals = result.scheme, result.signals
+            deviation = series.gradient_deviation
+            tensor = None if deviation is None else gradient_tensor(deviation.image, mask)
+            result, problem = self._prepare_dwi(series, runs, noise, tensor, settings)
+            prepared |= save_dwi(result, cwd)
+            prepared["l_max_error"] = problem
             prepared["warnings"] = [*warnings, *result.warnings]
             prepared["noise_source"] = result.noise_source
+            if result.bscale is not None:
+                prepared["inputs"]["bscale"] = _save(cwd / "bscale.npy", result.bscale)
             if settings.write_scheme and not series.has_diffusion_times:
                 prepared["warnings"].append(
                     "no scheme file is written: SmallDelta or BigDelta is unknown"
                 )
-            if result.sigma is not None and result.scale_sigma is not None:
-                prepared["sigma"] = _save(cwd / "sigma.npy", result.sigma)
-                prepared["scale_sigma"] = _save(cwd / "scale_sigma.npy", result.scale_sigma)
-                prepared["scale_group"] = np.asarray(result.scale_group).tolist()
         else:
-            scheme = _gradient_echo_scheme(series)
+            prepared["signals"] = _save(cwd / "signals.npy", signals)
+            prepared["scheme"] = scheme_to_json(_gradient_echo_scheme(series))
         if series.b1_map is not None:
             reference = reference_image(self.inputs.collected)
             b1 = _b1(series, reference)[mask]
@@ -84,8 +85,6 @@ class PrepareSignals(Step):
                 )
         for warning in prepared["warnings"]:
             LOGGER.warning("sub-%s %s: %s", series.subject, series.label, warning)
-        prepared["signals"] = _save(cwd / "signals.npy", signals)
-        prepared["scheme"] = scheme_to_json(scheme)
         return {"prepared": prepared}
 
     def _prepare_dwi(
@@ -93,20 +92,50 @@ class PrepareSignals(Step):
         series: Series,
         runs: list[DwiVolumes],
         noise: list[np.ndarray | None],
+        tensor: np.ndarray | None,
         settings: Settings,
     ) -> tuple[PreparedDwi, str]:
         """Prepare up to the highest order asked for, or powder averages alone and why.
 
-        Models that fit powder averages must not suffer from a shell with few directions.
+        Models that fit powder averages must not suffer from directions too few for others.
         """
         problem = ""
+        model: Any = settings.noise
+        options = {"noise": noise, "noise_model": model, "gradient_tensor": tensor}
         for l_max in dict.fromkeys((self.inputs.l_max, 0)):
             try:
-                prepared = prepare_dwi(runs, l_max, settings.b0_threshold, noise=noise)
-                return prepared, problem
+                return prepare_dwi(runs, l_max, settings.b0_threshold, **options), problem
             except EngineError as error:
                 problem = problem or str(error)
         raise InputError(f"sub-{series.subject} {series.label}: {problem}")
+
+
+def save_dwi(result: PreparedDwi, cwd: Path) -> dict[str, Any]:
+    """Write what models are fitted to, and return where it is.
+
+    ``echo_decay`` is the same for models of the decay with echo time, or ``echo_decay_error`` says
+    why there is nothing for them.
+    """
+    prepared = _save_measurements(result, cwd, "")
+    try:
+        decay = result.with_echo_decay()
+    except EngineError as error:
+        return prepared | {"echo_decay_error": str(error)}
+    return prepared | {"echo_decay": _save_measurements(decay, cwd, "echo_decay_")}
+
+
+def _save_measurements(result: PreparedDwi, cwd: Path, prefix: str) -> dict[str, Any]:
+    saved: dict[str, Any] = {
+        "signals": _save(cwd / f"{prefix}signals.npy", result.signals),
+        "scheme": scheme_to_json(result.scheme),
+        "sigma": "",
+        "weights": np.asarray(result.weights).tolist(),
+    }
+    if result.sigma is not None and result.scale_sigma is not None:
+        saved["sigma"] = _save(cwd / f"{prefix}sigma.npy", result.sigma)
+        saved["scale_sigma"] = _save(cwd / f"{prefix}scale_sigma.npy", result.scale_sigma)
+        saved["scale_group"] = np.asarray(result.scale_group).tolist()
+    return saved
 
 
 def scheme_to_json(scheme: GradientEchoScheme | DiffusionScheme) -> dict[str, Any]:

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import eval_legendre
 
-from bids_gacelle.engine import EngineError, prepare
-from bids_gacelle.engine.prepare import DwiVolumes, prepare_dwi, real_sh, sh_fit_matrix
+from bids_gacelle.engine import EngineError, fit, get_model
+from bids_gacelle.engine.prepare import DwiVolumes, measure, prepare_dwi, real_sh, sh_fit_matrix
 
 from .helpers import even_directions
 
@@ -291,7 +292,7 @@ def test_usable_is_judged_on_averages():
 def test_blocks_and_neighbours_do_not_matter(monkeypatch):
     run = volumes([(1000, even_directions(30))], noise=0.05, voxels=50)
     whole = prepare_dwi([run], l_max=2)
-    monkeypatch.setattr(prepare, "_BLOCK_ELEMENTS", 7 * run.signal.shape[0])
+    monkeypatch.setattr(measure, "_BLOCK_ELEMENTS", 7 * run.signal.shape[0])
     parts = prepare_dwi([run], l_max=2)
     np.testing.assert_allclose(parts.signals, whole.signals, rtol=1e-6)
     np.testing.assert_allclose(parts.sigma, whole.sigma, rtol=1e-6)
@@ -334,15 +335,56 @@ def test_the_threshold_is_the_highest_b_that_is_b0():
             prepare_dwi([run], b0_threshold=threshold)
 
 
-def test_too_few_directions_for_l2_name_the_shell():
-    run = volumes([(1000, even_directions(30)), (2200, even_directions(5))])
-    assert prepare_dwi([run]).signals.shape == (2, 1)
-    with pytest.raises(EngineError, match=r"b = 2200 .*l = 2"):
-        prepare_dwi([run], l_max=2)
-    # many volumes, but all in one plane
+def test_invariants_are_left_out_where_directions_do_not_determine_them():
+    """A shell of 5 directions, and one whose many directions are all in one plane."""
     ring = np.stack([np.cos(np.arange(20)), np.sin(np.arange(20)), np.zeros(20)], axis=1)
+    shells = [(700, even_directions(5)), (1500, ring), (2000, even_directions(30))]
+    run = volumes(shells, noise=0.02, voxels=4)
+    alone = prepare_dwi([volumes(shells, noise=0.02, voxels=4)])
+    assert not any("left out" in w for w in alone.warnings)
+    np.testing.assert_array_equal(alone.weights, 1)
+    prepared = prepare_dwi([run], l_max=2)
+    np.testing.assert_array_equal(prepared.signals[:3], alone.signals)
+    np.testing.assert_array_equal(prepared.weights, [1, 1, 1, 0, 0, 1])
+    assert np.isinf(prepared.sigma[3:5]).all()
+    assert np.isfinite(prepared.sigma[[0, 1, 2, 5]]).all()
+    assert np.isfinite(prepared.signals).all()
+    [note] = [w for w in prepared.warnings if "left out" in w]
+    assert "S_2" in note
+    assert "b = 700 s/mm^2: 5; b = 1500 s/mm^2: 20" in note
+    # of higher orders what the directions do determine stays
+    higher = prepare_dwi([run], l_max=4)
+    np.testing.assert_array_equal(higher.weights, [1, 1, 1, 0, 0, 1, 0, 0, 1])
+    twelve = prepare_dwi([volumes([*shells, (3000, even_directions(12))])], l_max=4)
+    np.testing.assert_array_equal(twelve.weights, [1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 0])
+
+
+def test_an_order_that_no_shell_determines_is_refused():
+    run = volumes([(1000, even_directions(5)), (2200, even_directions(12))])
+    with pytest.raises(EngineError, match=r"l = 4 .*15 well.*b = 2200 .*has 12\); use l_max 2"):
+        prepare_dwi([run], l_max=4)
     with pytest.raises(EngineError, match="do not determine"):
-        prepare_dwi([volumes([(1000, ring)])], l_max=2)
+        prepare_dwi([run], powder="sh")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_fit_ignores_what_is_left_out(known):
+    """NEXI with S_2 of two of three shells, against the fit that has just those."""
+    truth = {"fn": 0.5, "dn": 2.2, "de": 0.9, "tex": 25.0, "p2": 0.6}
+    g, few = even_directions(30), even_directions(4)
+    shells = [(1000, g), (2000, few), (3000, g), (5000, g), (7000, g)]
+    run = volumes(shells, voxels=3, n_b0=10 if known else 1)
+    run = _change(run, big_delta=np.full(len(run.bval), 20.0))
+    prepared = prepare_dwi([run], l_max=2)
+    assert prepared.weights[6] == 0
+    model = get_model("nexi")(prepared.scheme, l_max=2)
+    clean = model.signal({k: torch.full((3,), v).double() for k, v in truth.items()}).numpy()
+    clean[6] = 0.0
+    sigma = np.where(np.isinf(prepared.sigma), np.inf, 1e-3)
+    noise = {"sigma": sigma} if known else {"weights": prepared.weights}
+    result = fit(model, clean, **noise)
+    for name, value in truth.items():
+        np.testing.assert_allclose(result.maps[name], value, rtol=1e-3)
 
 
 def test_direction_length_is_normalised_with_a_warning():
