@@ -45,6 +45,7 @@ class Settings:
     models: tuple[str, ...] = ()
     model_file: tuple[Path, ...] = ()
     combine_dwi: bool = False
+    fit_undetermined: bool = False
     mask: Path | None = None
     atlas: dict[str, Path] = field(default_factory=dict)
     small_delta: float | None = None

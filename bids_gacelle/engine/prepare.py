@@ -78,6 +78,7 @@ class PreparedDwi:
     scale_group : (M,) row of ``scale_sigma`` whose b=0 signal divides the measurement.
     b0 : (voxels,) mean b=0 signal of the first run (its shortest echo time), input units.
     usable : (voxels,) every average is finite and every b=0 average positive.
+    directions : (n, 3) unit vectors of the volumes of each shell, in the order of the scheme.
     warnings : sentences for the user.
     """
 
@@ -88,6 +89,7 @@ class PreparedDwi:
     scale_group: _Index
     b0: npt.NDArray[np.float32]
     usable: npt.NDArray[np.bool_]
+    directions: list[_Float]
     warnings: list[str] = field(default_factory=list)
 
 
@@ -391,7 +393,7 @@ def _scheme(shells: list[_Shell]) -> DiffusionScheme:
 # ------------------------------------------------------------------------------ directions
 
 
-def _unevenness(directions: _Float) -> float:
+def unevenness(directions: _Float) -> float:
     """Frobenius norm of mean(g g^T) - I/3: 0 for directions even up to l = 2."""
     return float(np.linalg.norm(directions.T @ directions / len(directions) - np.eye(3) / 3))
 
@@ -420,7 +422,7 @@ def _estimator(shell: _Shell, l_max: int, powder: Powder, name: str) -> _Estimat
         fit = sh_fit_matrix(directions, max(_FIT_ORDER, l_max), penalty_above=top)
         degree = _degrees(max(_FIT_ORDER, l_max))
         coefficients = {k: fit[degree == k] for k in range(2, l_max + 1, 2)}
-        if powder == "sh" or (powder == "auto" and _unevenness(directions) > _EVEN):
+        if powder == "sh" or (powder == "auto" and unevenness(directions) > _EVEN):
             mean = fit[0] / np.sqrt(4 * np.pi)
     fitted = _explained(directions)
     return _Estimator(mean, coefficients, fitted, n - len(fitted) if len(fitted) else 0)
@@ -452,7 +454,7 @@ def _direction_warnings(
             + "; ".join(f"{s}: {_distinct(s.directions)}" for s in few)
         )
     for shell, estimator in zip(shells, estimators, strict=True):
-        uneven = _unevenness(shell.directions)
+        uneven = unevenness(shell.directions)
         if uneven > _EVEN:
             plain = np.ptp(estimator.mean) == 0
             done = "averaged as they are" if plain else "averaged by spherical harmonics"
@@ -536,6 +538,7 @@ def _measure(
         scale_group=np.tile(group, orders),
         b0=b0,
         usable=usable,
+        directions=[shell.directions for part in parts for shell in part.shells],
         warnings=warnings,
     )
 

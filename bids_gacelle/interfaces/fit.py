@@ -22,11 +22,11 @@ from bids_gacelle.engine import (
     FitResult,
     Progress,
     fit,
-    get_model,
 )
 from bids_gacelle.errors import InputError
+from bids_gacelle.interfaces.adequacy import protocol_adequacy
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
-from bids_gacelle.interfaces.models import split_options
+from bids_gacelle.interfaces.models import model_class, split_options
 from bids_gacelle.interfaces.plots import example_voxels, plot_axes
 from bids_gacelle.interfaces.prepare import scheme_from_json
 from bids_gacelle.settings import Settings
@@ -73,6 +73,9 @@ class FitModel(Step):
         try:
             model, data = build_model(name, settings, prepared)
             call = _fit_call(model, settings, prepared)
+            suited = protocol_adequacy(model, prepared, settings)
+            for sentence in suited["sentences"]:
+                LOGGER.warning("%s: %s", title.removesuffix(f" {name}"), sentence)
             _announce(title, call, data)
             result = call(data, slice(None), _progress(title))
         except EngineError as error:
@@ -81,6 +84,7 @@ class FitModel(Step):
             raise KeyboardInterrupt from None
         if self.inputs.use_gpu:
             result.settings["peak_vram_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        result.settings["adequacy"] = suited
         _log_outcome(title, result)
         arrays: dict[str, Any] = {"flags": result.flags, "nrmse": result.nrmse}
         arrays |= {f"map_{k}": v for k, v in result.maps.items()}
@@ -101,7 +105,7 @@ class FitModel(Step):
 def build_model(name: str, settings: Settings, prepared: dict[str, Any]) -> tuple[Any, np.ndarray]:
     """The model for the prepared scheme, and the rows of the signals that it describes."""
     own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
-    model = get_model(name)(scheme_from_json(prepared["scheme"]), **own)
+    model = model_class(name, settings)(scheme_from_json(prepared["scheme"]), **own)
     # Invariants follow each other by order, so a model of a lower l_max takes the first ones.
     signals = np.load(prepared["signals"], mmap_mode="r")
     if model.n_measurements > len(signals):

@@ -56,6 +56,7 @@ class PrepareSignals(Step):
             result, prepared["l_max_error"] = self._prepare_dwi(series, signals, settings)
             scheme, signals = result.scheme, result.signals
             prepared["warnings"] = list(result.warnings)
+            prepared["directions"] = [np.round(d, 4).tolist() for d in result.directions]
             if result.sigma is not None and result.scale_sigma is not None:
                 prepared["sigma"] = _save(cwd / "sigma.npy", result.sigma)
                 prepared["scale_sigma"] = _save(cwd / "scale_sigma.npy", result.scale_sigma)
@@ -94,6 +95,21 @@ class PrepareSignals(Step):
         raise InputError(f"sub-{series.subject} {series.label}: {problem}")
 
 
+def acquired_scheme(
+    series: Series, settings: Settings
+) -> GradientEchoScheme | DiffusionScheme:
+    """The acquisition that `PrepareSignals` will find, from names and text files alone.
+
+    Raises
+    ------
+    EngineError, InputError
+        It cannot be prepared.
+    """
+    if series.kind != "dwi":
+        return _gradient_echo_scheme(series)
+    return prepare_dwi(_dwi_volumes(series, None), 0, settings.b0_threshold).scheme
+
+
 def scheme_to_json(scheme: GradientEchoScheme | DiffusionScheme) -> dict[str, Any]:
     """An acquisition scheme as JSON data, with the name of its class."""
     fields = {
@@ -119,7 +135,8 @@ def _gradient_echo_scheme(series: Series) -> GradientEchoScheme:
     return GradientEchoScheme(**given)
 
 
-def _dwi_volumes(series: Series, signals: np.ndarray) -> list[DwiVolumes]:
+def _dwi_volumes(series: Series, signals: np.ndarray | None) -> list[DwiVolumes]:
+    """The runs of a series, with the signals (volumes, voxels) of all or of no voxel."""
     runs, start = [], 0
     for run in series.dwi_runs:
         bval, bvec = read_gradients(run.bval, run.bvec)
@@ -127,8 +144,10 @@ def _dwi_volumes(series: Series, signals: np.ndarray) -> list[DwiVolumes]:
             name: _per_volume(getattr(run, name), len(bval))
             for name in ("big_delta", "small_delta", "echo_time")
         }
-        runs.append(DwiVolumes(signals[start : start + len(bval)], bval, bvec, **timing))
-        start += len(bval)
+        stop = start + len(bval)
+        own = np.empty((len(bval), 0), np.float32) if signals is None else signals[start:stop]
+        runs.append(DwiVolumes(own, bval, bvec, **timing))
+        start = stop
     return runs
 
 

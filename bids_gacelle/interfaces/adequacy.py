@@ -1,0 +1,107 @@
+"""Whether an acquisition suits a model: said before the fit, kept with it, refused if hopeless."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from bids_gacelle.bids.series import Finding, Job, Series
+from bids_gacelle.engine import EngineError, SignalModel, adequacy
+from bids_gacelle.errors import InputError
+from bids_gacelle.interfaces.models import model_class, split_options
+from bids_gacelle.interfaces.prepare import acquired_scheme
+from bids_gacelle.settings import Settings
+
+MOST_VOXELS = 50_000
+"""Voxels that tell the noise of a series."""
+
+
+def refused(job: Job, settings: Settings) -> tuple[Job, Finding | None]:
+    """The job, with a reason where its images cannot determine the model; what to say of it.
+
+    With ``--fit-undetermined`` it stays eligible, with a warning.
+    """
+    series = job.series
+    lost = _undetermined(series, job.model, settings)
+    if not lost:
+        return job, None
+    place = f"sub-{series.subject}" + (f"/ses-{series.session}" if series.session else "")
+    about = {"subject": series.subject, "session": series.session, "file": series.images[0]}
+    if settings.fit_undetermined:
+        message = f"{place} {series.label}: {lost}; fitted as --fit-undetermined asks."
+        return job, Finding("warning", message, **about)
+    advice = " More runs of a session can be joined with --combine-dwi." * (series.kind == "dwi")
+    reason = f"{lost}.{advice} --fit-undetermined fits it nonetheless."
+    message = f"{place} {series.label} model {job.model} skipped: {reason}"
+    finding = Finding("error", message, model=job.model, **about)
+    return replace(job, reason=reason, cause="unsuited"), finding
+
+
+def _undetermined(series: Series, name: str, settings: Settings) -> str:
+    """What `adequacy.undetermined` says of a model; "" also where the fit will say what is wrong."""
+    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
+    try:
+        model = model_class(name, settings)(acquired_scheme(series, settings), **own)
+        return adequacy.undetermined(model)
+    except (EngineError, InputError):
+        return ""
+
+
+def protocol_adequacy(
+    model: SignalModel, prepared: dict[str, Any], settings: Settings
+) -> dict[str, Any]:
+    """What the acquisition tells of typical tissue, at the noise of the series.
+
+    Returns
+    -------
+    dict
+        snr (of one image), assumed (whether it is a guess), sentences (on what is not estimable
+        well), expected (a row for each tissue and quantity; None where there is no number).
+    """
+    noise = _noise(model, prepared)
+    assumed = noise is None
+    sigma = adequacy.assumed_sigma(model) if noise is None else noise
+    scale = None if assumed else _median(prepared["scale_sigma"])
+    found = adequacy.expected_sd(
+        model,
+        sigma,
+        scale_sigma=scale,
+        scale_group=None if scale is None else prepared["scale_group"][: model.n_measurements],
+        prior=settings.prior,
+    )
+    snr = adequacy.image_snr(model, sigma)
+    return {
+        "snr": float(f"{snr:.3g}"),
+        "assumed": assumed,
+        "sentences": adequacy.sentences(
+            model, found, snr=snr, assumed=assumed, prior=settings.prior is not None
+        ),
+        "expected": [_plain(vars(row)) for row in found],
+    }
+
+
+def _noise(model: SignalModel, prepared: dict[str, Any]) -> np.ndarray | None:
+    """Median noise of each measurement over the voxels; None where it is not known."""
+    if not prepared["sigma"]:
+        return None
+    sigma = _median(prepared["sigma"])[: model.n_measurements]
+    return sigma if (np.isfinite(sigma) & (sigma > 0)).all() else None
+
+
+def _median(path: str) -> np.ndarray:
+    values = np.load(path, mmap_mode="r")
+    values = values[:, :: -(-values.shape[1] // MOST_VOXELS)]
+    known = values[:, np.isfinite(values).all(axis=0)]
+    if not known.size:
+        return np.full(len(values), np.nan)
+    return np.median(known, axis=1).astype(np.float64)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Numbers to four digits, as JSON knows them."""
+    return {
+        k: v if isinstance(v, str) else float(f"{v:.4g}") if np.isfinite(v) else None
+        for k, v in row.items()
+    }
