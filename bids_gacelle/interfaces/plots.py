@@ -232,9 +232,8 @@ def smooth_models(model: Any) -> list[Smooth]:
     found = []
     for group in dict.fromkeys(groups):
         scheme, x, rows = _dense(model, [i for i, g in enumerate(groups) if g == group])
-        options = {name: getattr(model, name) for name in model.options}
         try:
-            found.append(Smooth(group, x, type(model)(scheme, **options), rows))
+            found.append(Smooth(group, x, model.like(scheme), rows))
         except EngineError:
             continue  # a model may refuse what was not measured, which must not cost the maps
     return found

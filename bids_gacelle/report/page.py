@@ -479,7 +479,7 @@ class _Builder:
             f"expected standard deviations of {name}",
             lambda: tables.adequacy_rows(found["expected"], manifest.get("obtained_sd") or {}),
         )
-        return {"rows": rows, **found}
+        return {"snr": None, "assumed": False, "sentences": []} | found | {"rows": rows}
 
     def _grid(self, manifest: dict[str, Any]) -> _Grid:
         mask = self.load((manifest.get("mask") or {}).get("file"), "mask")

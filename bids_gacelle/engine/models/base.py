@@ -181,7 +181,12 @@ class SignalModel(ABC):
                 f"(echoes, flip angles or shells), got {len(scheme)}."
             )
         self.scheme = scheme
+        self.chosen = {**self.options, **options}
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, scheme: Scheme) -> SignalModel:
+        """Return this model, with the options it was made with, for another acquisition."""
+        return type(self)(scheme, **self.chosen)
 
     @classmethod
     def check_options(cls, options: Mapping[str, object]) -> None:
