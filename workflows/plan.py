@@ -13,7 +13,7 @@ from bids_gacelle.bids.discovery import Options, discover
 from bids_gacelle.bids.images import review_series
 from bids_gacelle.bids.queries import load_filter_file
 from bids_gacelle.bids.series import Job, Plan, Series
-from bids_gacelle.interfaces.adequacy import refused
+from bids_gacelle.interfaces.adequacy import suited_jobs
 from bids_gacelle.interfaces.models import check_options, needs_of, select_models
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.rois import read_lookup
@@ -53,11 +53,8 @@ def make_plan(settings: Settings) -> Plan:
     jobs = sorted(
         plan.jobs, key=lambda j: (j.series.subject, j.series.session, series_key(j.series))
     )
-    judged = [refused(job, settings) if job.eligible else (job, None) for job in jobs]
-    findings = [finding for _, finding in judged if finding is not None]
-    return replace(
-        plan, jobs=tuple(job for job, _ in judged), findings=(*plan.findings, *findings)
-    )
+    suited, findings = suited_jobs(jobs, settings)
+    return replace(plan, jobs=suited, findings=(*plan.findings, *findings))
 
 
 def check_plan(plan: Plan) -> Plan:

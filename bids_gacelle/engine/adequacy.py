@@ -31,6 +31,7 @@ UNDETERMINED = "not determined by this protocol"
 # Directions in the space of parameters along which the signals change less than this, relative to
 # the most telling direction, are lost in the rounding of any fit (single precision has 6e-8).
 _LEAST_CHANGE = 1e-6
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def expected_sd(
         noise_variance=(1 / mean).expand(len(tissues)),
     )
     shared = _shared(scale_sigma, scale_group, model.n_measurements, len(tissues))
-    full = independent_measurements(model, sigma) == len(model.parameters)
+    full = _ranks(kernel, position) == len(position)
     sd, steps = _deviations(kernel, position, voxels, shared)
     stiffness = _stiffness(model, prior)
     posterior = {name: torch.full_like(v, torch.nan) for name, v in sd.items()}
@@ -134,25 +135,43 @@ def expected_sd(
             target=position, stiffness=(stiffness / mean)[:, None].expand_as(position)
         )
         posterior, _ = _deviations(kernel, position, pulled, shared)
-    widths = torch.where(kernel.width.isnan(), 2 * position, kernel.width)
-    shares = steps / (widths / 12**0.5)
+    shares = steps / (_widths(kernel, position) / 12**0.5)
     return _expectations(kernel, tissues, position, (sd, posterior, shares), full)
 
 
-def independent_measurements(model: SignalModel, sigma: ArrayLike = 1.0) -> NDArray[np.intp]:
-    """Return the number of independent measurements that each typical tissue gives, (tissues,).
+def independent_measurements(model: SignalModel) -> int:
+    """Return the number of independent measurements that the protocol gives of the parameters.
 
-    That is the rank of the derivatives of the signals by the parameters, these in widths of their
-    start boxes; never more than there are parameters.
+    That is the largest rank of the derivatives of the signals by the parameters over the typical
+    tissues and some points of the start boxes; never more than there are parameters.
     """
     kernel = _kernel(model)
-    position = _positions(kernel, _tissues(model))
+    typical = _positions(kernel, _tissues(model))
+    # A symmetric signal does not change in the very middle of a box: elsewhere it does.
+    step = torch.arange(1, len(typical) + 1, dtype=torch.float64)[:, None]
+    share = 0.15 + 0.7 * torch.frac(_GOLDEN * step + torch.tensor([0.0, 1 / 3, 2 / 3]))
+    low, high = torch.tensor(kernel.box, dtype=torch.float64).unbind(1)
+    probes = low[:, None] + (high - low)[:, None] * share
+    probes = torch.where(kernel.width.isnan(), typical[:, :1], probes)
+    return int(_ranks(kernel, torch.cat((typical, probes), 1)).max())
+
+
+def _ranks(kernel: Kernel, position: Tensor) -> Tensor:
+    """Return the rank of the Jacobian, in widths of the start boxes, at positions (P, points).
+
+    Where a derivative is not a finite number, nothing speaks against any parameter.
+    """
     _, columns = kernel.signal_and_jacobian(position, {})
-    widths = torch.where(kernel.width.isnan(), 2 * position, kernel.width)
-    jacobian = torch.stack(columns) * widths[:, None]  # (P, M, tissues)
-    jacobian = jacobian / _noise(sigma, model.n_measurements)[:, None]
-    singular = torch.linalg.svdvals(jacobian.movedim(-1, 0))
-    return (singular > _LEAST_CHANGE * singular[:, :1]).sum(1).numpy()
+    jacobian = (torch.stack(columns) * _widths(kernel, position)[:, None]).movedim(-1, 0)
+    finite = jacobian.isfinite().all(-1).all(-1)
+    singular = torch.linalg.svdvals(torch.where(finite[:, None, None], jacobian, 0.0))
+    ranks = (singular > _LEAST_CHANGE * singular[:, :1]).sum(1)
+    return torch.where(finite, ranks, len(position))
+
+
+def _widths(kernel: Kernel, position: Tensor) -> Tensor:
+    """Return the widths of the start boxes, (P, points); of an amplitude twice its value."""
+    return torch.where(kernel.width.isnan(), 2 * position, kernel.width)
 
 
 def assumed_sigma(model: SignalModel, snr: float = ASSUMED_SNR) -> NDArray[np.float64]:
@@ -202,7 +221,9 @@ def sentences(
             if not rows:
                 continue
             if verdict == UNDETERMINED:
-                said.append(f"{model.name}: {name}: {verdict} in {_listed(e.tissue for e in rows)}.")
+                said.append(
+                    f"{model.name}: {name}: {verdict} in {_listed(e.tissue for e in rows)}."
+                )
                 continue
             expected = _listed(f"{_quantity(e)} in {e.tissue}" for e in rows)
             end = advice if verdict == NOT_ESTIMABLE else ""
@@ -218,7 +239,7 @@ def undetermined(model: SignalModel) -> str:
     model
         With its acquisition.
     """
-    rank, wanted = int(independent_measurements(model).max()), len(model.parameters)
+    rank, wanted = independent_measurements(model), len(model.parameters)
     if rank == wanted:
         return ""
     plural = "s" if rank != 1 else ""
@@ -324,7 +345,7 @@ def _expectations(
     tissues: Mapping[str, Mapping[str, float]],
     position: Tensor,
     found: tuple[dict[str, Tensor], dict[str, Tensor], Tensor],
-    full: NDArray[np.bool_],
+    full: Tensor,
 ) -> list[Expectation]:
     sd, posterior, shares = found
     params = kernel.parameters(position)

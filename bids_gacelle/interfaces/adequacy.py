@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 
 from bids_gacelle.bids.series import Finding, Job, Series
 from bids_gacelle.engine import EngineError, SignalModel, adequacy
+from bids_gacelle.engine.scheme import Scheme
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.models import model_class, split_options
 from bids_gacelle.interfaces.prepare import acquired_scheme
@@ -18,15 +21,22 @@ MOST_VOXELS = 50_000
 """Voxels that tell the noise of a series."""
 
 
-def refused(job: Job, settings: Settings) -> tuple[Job, Finding | None]:
-    """The job, with a reason where its images cannot determine the model; what to say of it.
+def suited_jobs(
+    jobs: Sequence[Job], settings: Settings
+) -> tuple[tuple[Job, ...], tuple[Finding, ...]]:
+    """The jobs, with a reason where images cannot determine the model; and what to say of them.
 
-    With ``--fit-undetermined`` it stays eligible, with a warning.
+    With ``--fit-undetermined`` they stay eligible, with a warning.
     """
-    series = job.series
-    lost = _undetermined(series, job.model, settings)
+    judge = _Judge(settings)
+    judged = [_judged(job, judge.undetermined(job), settings) for job in jobs]
+    return tuple(job for job, _ in judged), tuple(f for _, f in judged if f is not None)
+
+
+def _judged(job: Job, lost: str, settings: Settings) -> tuple[Job, Finding | None]:
     if not lost:
         return job, None
+    series = job.series
     place = f"sub-{series.subject}" + (f"/ses-{series.session}" if series.session else "")
     about = {"subject": series.subject, "session": series.session, "file": series.images[0]}
     if settings.fit_undetermined:
@@ -39,14 +49,37 @@ def refused(job: Job, settings: Settings) -> tuple[Job, Finding | None]:
     return replace(job, reason=reason, cause="unsuited"), finding
 
 
-def _undetermined(series: Series, name: str, settings: Settings) -> str:
-    """What `adequacy.undetermined` says of a model; "" also where the fit will say what is wrong."""
-    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
-    try:
-        model = model_class(name, settings)(acquired_scheme(series, settings), **own)
-        return adequacy.undetermined(model)
-    except (EngineError, InputError):
-        return ""
+class _Judge:
+    """Asks the engine once for each acquisition and model, however many series share them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._series: Series | None = None
+        self._scheme: Scheme | None = None
+        self._known: dict[tuple[str, str], str] = {}
+
+    def undetermined(self, job: Job) -> str:
+        """What `adequacy.undetermined` says; "" also where the fit will say what is wrong."""
+        if not job.eligible:
+            return ""
+        if self._series is not job.series:  # the jobs of a series come one after the other
+            self._series, self._scheme = job.series, None
+            with suppress(EngineError, InputError):
+                self._scheme = acquired_scheme(job.series, self.settings)
+        if self._scheme is None:
+            return ""
+        key = (job.model, repr(self._scheme))
+        if key not in self._known:
+            self._known[key] = self._ask(job.model, self._scheme)
+        return self._known[key]
+
+    def _ask(self, name: str, scheme: Scheme) -> str:
+        given = self.settings.model_options.get(name, {})
+        own, _ = split_options(name, given, self.settings.solver)
+        try:
+            return adequacy.undetermined(model_class(name, self.settings)(scheme, **own))
+        except EngineError:
+            return ""
 
 
 def protocol_adequacy(

@@ -95,9 +95,7 @@ class PrepareSignals(Step):
         raise InputError(f"sub-{series.subject} {series.label}: {problem}")
 
 
-def acquired_scheme(
-    series: Series, settings: Settings
-) -> GradientEchoScheme | DiffusionScheme:
+def acquired_scheme(series: Series, settings: Settings) -> GradientEchoScheme | DiffusionScheme:
     """The acquisition that `PrepareSignals` will find, from names and text files alone.
 
     Raises

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -62,8 +63,8 @@ def draw_acquisition(shells: Sequence[dict[str, Any]], *, density: float, alt: s
         poor = (len(shell["directions"]) < FEW, uneven is not None and uneven > EVEN)
         for k, line in enumerate(words):
             y = 1 - (top + 113 + 13 * k) / height
-            style = {"fontsize": 9.5, "color": PLOT_INK, "ha": "center", "va": "center"}
-            figure.text(centre, y, line, fontweight="bold" if poor[k] else "normal", **style)
+            weight = "bold" if poor[k] else "normal"
+            figure.text(centre, y, line, fontweight=weight, **_LABEL)
     figure.text(
         _SHELLS_WIDTH / WIDTH,
         1 - 13 / height,
@@ -127,9 +128,11 @@ def _shell_plot(
 ) -> None:
     legend = sorted({str(s.get("group") or "") for s in shells}, key=list(colours).index)
     legend = legend if legend != [""] else []
-    foot = 46 + 15 * -(-len(legend) // 2)
-    box = (62 / WIDTH, foot / height, (_SHELLS_WIDTH - 110) / WIDTH, 1 - (foot + 26) / height)
-    axes = plain_axes(figure, box)
+    keys = 15 * -(-len(legend) // 2)
+    tall = min(height, 400.0) - 72 - keys  # the row of hemispheres at the right may be longer
+    below = height - 26 - tall
+    box = (62, below, _SHELLS_WIDTH - 110, tall)
+    axes = _axes(figure, box, WIDTH, height)
     timed = all(text.finite(s.get("big_delta")) is not None for s in shells)
     labels: dict[tuple[float, float], list[str]] = {}
     for shell in shells:
@@ -137,14 +140,13 @@ def _shell_plot(
         colour, marker = colours[str(shell.get("group") or "")]
         axes.plot(x, y, ls="none", marker=marker, ms=7, mfc=colour, mec="white", mew=0.6)
         labels.setdefault((x, y), []).append(str(len(shell["directions"])))
-    for (x, y), counts in labels.items():
-        style = {"fontsize": 9.5, "color": PLOT_INK, "ha": "center", "va": "bottom"}
-        axes.annotate(" + ".join(counts), (x, y), (0, 5), textcoords="offset points", **style)
-    axes.set_xlim(0, 1.1 * max(x for x, _ in labels))
+    right = 1.1 * max(x for x, _ in labels)
+    axes.set_xlim(0, right)
+    _count(axes, labels, 26 * right / box[2])
     heights = [y for _, y in labels]
     pad = 0.25 * (np.ptp(heights) or max(heights) or 1.0)
     axes.set_ylim(min(heights) - pad, max(heights) + pad)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=_STEPS))
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=_STEPS))
     style = {"fontsize": 10.5, "color": PLOT_INK}
     axes.set_xlabel("b (ms/µm²)", labelpad=2, **style)
@@ -157,12 +159,35 @@ def _shell_plot(
         figure.legend(
             handles=[_key(colours[group], group) for group in legend],
             loc="lower left",
-            bbox_to_anchor=(54 / WIDTH, 0),
+            bbox_to_anchor=(54 / WIDTH, (below - 46 - keys) / height),
             ncols=2,
             **_LEGEND,
         )
 
 
+def _axes(
+    figure: Figure, box: tuple[float, float, float, float], width: float, height: float
+) -> Any:
+    """Add axes in a box of pixels: left, bottom, width, height."""
+    left, bottom, across, up = box
+    return plain_axes(figure, (left / width, bottom / height, across / width, up / height))
+
+
+def _count(axes: Any, labels: dict[tuple[float, float], list[str]], room: float) -> None:
+    """Write the numbers of directions above their points, below where the last one is in the way.
+
+    `room` is what a number needs on the axis of b.
+    """
+    style = {"fontsize": 9.5, "color": PLOT_INK, "ha": "center", "textcoords": "offset points"}
+    ends = {(y, side): -np.inf for _, y in labels for side in (1, -1)}
+    for (x, y), counts in sorted(labels.items()):
+        side = 1 if x - ends[y, 1] > room or x - ends[y, -1] <= room else -1
+        ends[y, side] = x
+        va = "bottom" if side > 0 else "top"
+        axes.annotate(" + ".join(counts), (x, y), (0, 5 * side), va=va, **style)
+
+
+_LABEL: dict[str, Any] = {"fontsize": 9.5, "color": PLOT_INK, "ha": "center", "va": "center"}
 _STEPS = [1, 2, 2.5, 5, 10]
 _LEGEND: dict[str, Any] = {
     "fontsize": 9.5,
@@ -202,15 +227,17 @@ def draw_decays(
     names = [str(g) for g in plot.get("groups") or [""] * x.size]
     styles = group_colours(names)
     legend = list(styles) != [""]
-    rows = -(-len(styles) // 4) if legend else 0
-    foot, head, height = 46.0 + 17 * rows, 26.0, 336.0 + 17 * rows
     across = min(WIDTH / len(tissues), 620.0)
     width = across * len(tissues)
+    columns = int((width - 60) // (40 + 6.2 * max(map(len, styles))))
+    columns = min(max(columns, 1), len(styles))
+    rows = -(-len(styles) // columns) if legend else 0
+    foot, head, height = 46.0 + 17 * rows, 26.0, 336.0 + 17 * rows
     figure = new_figure(width, height, density, "white")
     panels = []
     for n, tissue in enumerate(tissues):
         box = (n * across + 62, foot, across - 76, height - foot - head)
-        axes = plain_axes(figure, np.array(box) / [width, height, width, height])
+        axes = _axes(figure, box, width, height)
         _decay(axes, tissue, x, names, styles)
         count = f"{text.count(tissue['n_voxels'])} voxels"
         if tissue["n_shown"] < tissue["n_voxels"]:
@@ -231,8 +258,8 @@ def draw_decays(
     )
     if legend:
         handles = [_key(styles[group], group) for group in styles]
-        where = {"loc": "lower left", "bbox_to_anchor": (54 / width, 0)}
-        figure.legend(handles=handles, ncols=min(4, len(styles)), **where, **_LEGEND)
+        style = {"bbox_to_anchor": (54 / width, 0), **_LEGEND}
+        figure.legend(handles=handles, loc="lower left", ncols=columns, **style)
     return render(figure, alt)
 
 
@@ -243,9 +270,7 @@ def _decay(
     names: list[str],
     styles: dict[str, tuple[str, str]],
 ) -> None:
-    median, q25, q75, fit = (
-        np.asarray(tissue[k], float) for k in ("median", "q25", "q75", "fit")
-    )
+    median, q25, q75, fit = (np.asarray(tissue[k], float) for k in ("median", "q25", "q75", "fit"))
     if not x.shape == median.shape == q25.shape == q75.shape == fit.shape:
         raise ValueError(f"{x.size} abscissae, {median.size} medians, {fit.size} fitted points")
     curves = {str(curve.get("group") or ""): curve for curve in tissue.get("curves") or []}
@@ -255,7 +280,8 @@ def _decay(
         order = np.argsort(x[chosen], kind="stable")
         line = (x[chosen][order], fit[chosen][order])
         if group in curves:
-            line = tuple(np.asarray(curves[group][k], float) for k in ("x", "y"))
+            curve = curves[group]
+            line = (np.asarray(curve["x"], float), np.asarray(curve["y"], float))
         axes.plot(*line, color=colour, lw=1.4, zorder=2)
         # bars of one b stand side by side
         at = x[chosen] + step * (n - (len(styles) - 1) / 2)

@@ -143,7 +143,7 @@ def adequacy_rows(
         rows.append(
             {
                 "tissue": tissue,
-                "span": 0 if n and expected[n - 1]["tissue"] == tissue else _same(expected, tissue),
+                "span": _span(expected, n),
                 "parameter": name,
                 "unit": text.unit(str(row.get("unit", ""))),
                 "value": text.number(row.get("value"), 3),
@@ -159,8 +159,10 @@ def adequacy_rows(
     return rows
 
 
-def _same(expected: list[dict[str, Any]], tissue: str) -> int:
-    return sum(row["tissue"] == tissue for row in expected)
+def _span(expected: list[dict[str, Any]], n: int) -> int:
+    """Return the number of rows of the tissue that begins in a row, 0 if it began before."""
+    tissues = [row["tissue"] for row in expected]
+    return 0 if n and tissues[n - 1] == tissues[n] else tissues.count(tissues[n])
 
 
 def read_rois(path: Path) -> list[dict[str, str]]:

@@ -96,7 +96,7 @@ def test_each_tissue_has_its_panel(log):
     if log:  # one axis: less signal is lower down
         assert second.min() > first.min() + 20
     for wrong in ([], [tissue([0.8, 0.5])]):
-        with pytest.raises(ValueError, match="no tissue|3 abscissae, 2 medians"):
+        with pytest.raises(ValueError, match=r"no tissue|3 abscissae, 2 medians"):
             acquisition.draw_decays(wrong, plot, density=1, alt="")
 
 

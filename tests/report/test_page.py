@@ -239,9 +239,7 @@ def test_protocol_and_tissues_of_a_diffusion_fit_are_shown(tree):
     assert "nexi: tex: expected SD 18 ms in grey matter at SNR 50: not estimable." in content
     assert "Cramér-Rao bound) at the measured SNR of 50" in content
     assert "Tissues from the segmentation tissues" in content
-    [table] = [
-        t for t in tree.iter("table") if any(c.text == "Expected SD" for c in t.iter("th"))
-    ]
+    [table] = [t for t in tree.iter("table") if any(c.text == "Expected SD" for c in t.iter("th"))]
     heads = [e.text for e in table.find("thead").iter("th")]
     rows = [["".join(c.itertext()).strip() for c in r] for r in table.find("tbody").iter("tr")]
     names = [name for name, *_ in fixture.NEXI.maps]
@@ -257,7 +255,7 @@ def test_protocol_and_tissues_of_a_diffusion_fit_are_shown(tree):
 
 
 def test_broken_tissues_are_named_and_the_rest_is_drawn(broken):
-    out, manifest, build = broken
+    _, manifest, build = broken
     tree = build(
         gradients=[{"b": 1.0}],
         decay={"tissues": [{"name": "CSF"}]},
