@@ -281,6 +281,7 @@ def _too_few(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
     if need.kind == "dwi":
         counted += " (b-values or diffusion times)"
         advice = " More runs of a session can be joined with --combine-dwi."
+    advice += " --fit-undetermined fits it nonetheless."
     first = candidate.files[0]
     there = f"`{first.label}`" + (" and its like have" if len(candidate.files) > 1 else " has")
     return MetadataError(
