@@ -274,7 +274,7 @@ def _decay(
     if not x.shape == median.shape == q25.shape == q75.shape == fit.shape:
         raise ValueError(f"{x.size} abscissae, {median.size} medians, {fit.size} fitted points")
     curves = {str(curve.get("group") or ""): curve for curve in tissue.get("curves") or []}
-    step = 0.008 * np.ptp(x) if len(styles) > 1 else 0.0
+    step = min(0.008, 0.025 / len(styles)) * np.ptp(x) if len(styles) > 1 else 0.0
     for n, (group, (colour, marker)) in enumerate(styles.items()):
         chosen = np.array([name == group for name in names])
         order = np.argsort(x[chosen], kind="stable")
