@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from bids_gacelle.engine import DwiVolumes, EngineError, fit, get_model, prepare_dwi
+from bids_gacelle.engine import (
+    DiffusionScheme,
+    DwiVolumes,
+    EngineError,
+    fit,
+    get_model,
+    prepare_dwi,
+)
+from bids_gacelle.engine.prepare.magnitudes import expected
 
 from .helpers import even_directions
 
@@ -125,8 +133,6 @@ def test_magnitudes_of_b0_stay_magnitudes():
     data = np.hypot(data, noise * rng.normal(size=data.shape)).astype(np.float32)
     told = {"noise": [np.full(4000, noise)], "noise_model": "rician"}
     decay = prepare_dwi([replace(volumes, signal=data)], **told).with_echo_decay()
-    from bids_gacelle.engine.prepare.magnitudes import expected
-
     signal = np.array([0.5, 0.3, level, 0.5 * level, 0.3 * level])
     target = expected(signal, np.array(noise))
     np.testing.assert_allclose(decay.signals.mean(axis=1, dtype=np.float64), target, atol=2e-3)
@@ -150,8 +156,6 @@ def test_a_model_of_relaxation_finds_the_truth():
         weights = {"n": truth["fn"] * np.exp(-te * truth["r2a"])}
         weights["e"] = (1 - truth["fn"]) * np.exp(-te * truth["r2e"])
         level = sum(weights.values())
-        from bids_gacelle.engine import DiffusionScheme
-
         at = {"d": torch.tensor(truth["d"]).double()}
         model = plain(DiffusionScheme(b=shells))
         mixed = model.signal({"fn": torch.tensor(truth["fn"]).double(), **at}).numpy()

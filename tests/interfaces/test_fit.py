@@ -111,6 +111,7 @@ def prepared(tmp_path):
 )
 def test_a_model_gets_the_shells_it_wants(monkeypatch, prepared, name, options, rows):
     settings = Settings(Path(), Path(), model_options={name: options})
+    prepared["echo_decay"] = prepared  # as if they were the same
     model, data = module.build_model(name, settings, prepared)
     assert model.scheme.b.tolist() == [[0.7, 5, 6, 0.7, 5, 6][i] for i in rows]
     np.testing.assert_allclose(data[:, 0], 0.3 - 0.01 * np.array(rows))
