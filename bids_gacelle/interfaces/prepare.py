@@ -22,6 +22,7 @@ from bids_gacelle.engine import (
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
 from bids_gacelle.interfaces.collect import reference_image
+from bids_gacelle.interfaces.models import get_model, split_options
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes, resample_to
 
@@ -63,6 +64,7 @@ class PrepareSignals(Step):
             result, problem = self._prepare_dwi(series, runs, noise, tensor, settings)
             prepared |= save_dwi(result, cwd)
             prepared["l_max_error"] = problem
+            prepared["directions"] = [np.round(d, 4).tolist() for d in result.directions]
             prepared["warnings"] = [*warnings, *result.warnings]
             prepared["noise_source"] = result.noise_source
             if result.bscale is not None:
@@ -138,6 +140,49 @@ def _save_measurements(result: PreparedDwi, cwd: Path, prefix: str) -> dict[str,
     return saved
 
 
+def acquired(series: Series, settings: Settings) -> dict[str, Any]:
+    """The acquisitions that `PrepareSignals` will find, from names and text files alone.
+
+    Raises
+    ------
+    EngineError, InputError
+        They cannot be prepared.
+    """
+    if series.kind != "dwi":
+        return {"scheme": scheme_to_json(_gradient_echo_scheme(series))}
+    found = prepare_dwi(_dwi_volumes(series, None), 0, settings.b0_threshold)
+    schemes: dict[str, Any] = {"scheme": scheme_to_json(found.scheme)}
+    try:
+        decay = found.with_echo_decay()
+    except EngineError as error:
+        return schemes | {"echo_decay_error": str(error)}
+    return schemes | {"echo_decay": {"scheme": scheme_to_json(decay.scheme)}}
+
+
+def measurements_of(
+    name: str, settings: Settings, prepared: dict[str, Any]
+) -> tuple[dict[str, Any], Any, Any]:
+    """The measurements for a model, the acquisition it is made for, and the rows that it has.
+
+    Raises
+    ------
+    InputError
+        The acquisition has none for it.
+    """
+    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
+    model = get_model(name)
+    if model.wants_echo_decay(own):
+        if "echo_decay" not in prepared:
+            raise InputError(f"{name}: {prepared['echo_decay_error']}")
+        prepared = prepared["echo_decay"]
+    scheme = scheme_from_json(prepared["scheme"])
+    wanted = model.wanted(scheme, own)
+    if wanted is None:
+        return prepared, scheme, slice(None)
+    rows = np.flatnonzero(wanted)
+    return prepared, scheme.take(rows), rows
+
+
 def scheme_to_json(scheme: GradientEchoScheme | DiffusionScheme) -> dict[str, Any]:
     """An acquisition scheme as JSON data, with the name of its class."""
     fields = {
@@ -163,7 +208,8 @@ def _gradient_echo_scheme(series: Series) -> GradientEchoScheme:
     return GradientEchoScheme(**given)
 
 
-def _dwi_volumes(series: Series, signals: np.ndarray) -> list[DwiVolumes]:
+def _dwi_volumes(series: Series, signals: np.ndarray | None) -> list[DwiVolumes]:
+    """The runs of a series, with the signals (volumes, voxels) of all or of no voxel."""
     runs, start = [], 0
     for run in series.dwi_runs:
         bval, bvec = read_gradients(run.bval, run.bvec)
@@ -171,8 +217,10 @@ def _dwi_volumes(series: Series, signals: np.ndarray) -> list[DwiVolumes]:
             name: _per_volume(getattr(run, name), len(bval))
             for name in ("big_delta", "small_delta", "echo_time")
         }
-        runs.append(DwiVolumes(signals[start : start + len(bval)], bval, bvec, **timing))
-        start += len(bval)
+        stop = start + len(bval)
+        own = np.empty((len(bval), 0), np.float32) if signals is None else signals[start:stop]
+        runs.append(DwiVolumes(own, bval, bvec, **timing))
+        start = stop
     return runs
 
 

@@ -223,7 +223,7 @@ def test_fractions_add_up_to_one(name, options):
     fractions = {
         "nexi": ("fn", "fe"),
         "smex": ("fn", "fe"),
-        "nexidot": ("fdot", "fi", "fe"),
+        "nexidot": ("fdot", "fntotal", "fetotal"),
         "sandix": ("fs", "fn", "fe"),
     }[name]
     values = {**params, **derived}

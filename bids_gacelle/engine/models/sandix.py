@@ -16,28 +16,6 @@ from bids_gacelle.engine.models.smex import OLESEN
 from bids_gacelle.engine.physics.restricted import SPHERE, RestrictedTable
 from bids_gacelle.engine.scheme import DiffusionScheme
 
-_SOMA = (
-    Parameter(
-        "rs", "um", "Soma radius", bounds=(0.1, 15.0), start=(2.0, 12.0), window=(0.0, 15.0)
-    ),
-    Parameter(
-        "fs",
-        "1",
-        "Soma signal fraction",
-        bounds=(0.0, 1.0),
-        start=(0.05, 0.6),
-        window=(0.0, 1.0),
-    ),
-)
-_FIN = Parameter(
-    "fin",
-    "1",
-    "Neurite share of the signal that is not of somas",
-    bounds=FITTED[0].bounds,
-    start=FITTED[0].start,
-    window=FITTED[0].window,
-)
-
 
 class Sandix(NexiDot):
     """SANDI whose neurites exchange with their surroundings: NEXI and spheres beside it.
@@ -64,7 +42,7 @@ class Sandix(NexiDot):
     minimum_measurements = 6
     required = ("b", "big_delta", "small_delta")
     options: ClassVar[dict[str, Any]] = {"l_max": 0, "ds": 3.0}
-    fitted: ClassVar[tuple[Parameter, ...]] = (*_SOMA, _FIN, *FITTED[1:])
+    fitted: ClassVar[tuple[Parameter, ...]] = (*Sandi.parameters[:3], *FITTED[1:])
     parameters: tuple[Parameter, ...] = fitted
     derived = (
         Parameter("fn", "1", "Neurite signal fraction", window=(0.0, 1.0)),
@@ -83,7 +61,12 @@ class Sandix(NexiDot):
         assert scheme.small_delta is not None
         assert scheme.big_delta is not None
         self._sphere = RestrictedTable(
-            SPHERE, ds, scheme.b, scheme.small_delta, scheme.big_delta, _SOMA[0].bounds[1]
+            SPHERE,
+            ds,
+            scheme.b,
+            scheme.small_delta,
+            scheme.big_delta,
+            self.parameters[0].bounds[1],
         )
 
     def derive(self, params: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,9 +6,18 @@ echo time, each with its standard deviation. No voxel ever sees its neighbours. 
 signal is common to all shells that it divides; it is handed on apart from theirs.
 """
 
+from bids_gacelle.engine.prepare.directions import unevenness
 from bids_gacelle.engine.prepare.dwi import prepare_dwi
 from bids_gacelle.engine.prepare.harmonics import real_sh, sh_fit_matrix
 from bids_gacelle.engine.prepare.prepared import B0Groups, PreparedDwi
 from bids_gacelle.engine.prepare.volumes import DwiVolumes
 
-__all__ = ["B0Groups", "DwiVolumes", "PreparedDwi", "prepare_dwi", "real_sh", "sh_fit_matrix"]
+__all__ = [
+    "B0Groups",
+    "DwiVolumes",
+    "PreparedDwi",
+    "prepare_dwi",
+    "real_sh",
+    "sh_fit_matrix",
+    "unevenness",
+]

@@ -90,7 +90,7 @@ def make_estimator(shell: Shell, l_max: int, powder: Powder, name: str) -> Estim
         order = max(_FIT_ORDER, l_max)
         basis, degree = real_sh(directions, order), degrees(order)
         fit = sh_fit_matrix(directions, order, penalty_above=max(2, top))
-        if powder == "sh" or (powder == "auto" and _unevenness(directions) > _EVEN):
+        if powder == "sh" or (powder == "auto" and unevenness(directions) > _EVEN):
             mean = fit[0] / np.sqrt(4 * np.pi)
     elif powder == "sh":
         raise EngineError(
@@ -124,7 +124,7 @@ def direction_warnings(
                 "ones are needed): " + "; ".join(f"{s}: {len(s.volumes)}" for s in without)
             )
     for shell, estimator in zip(shells, estimators, strict=True):
-        uneven = _unevenness(shell.directions)
+        uneven = unevenness(shell.directions)
         if uneven > _EVEN:
             plain = np.ptp(estimator.mean) == 0
             done = "averaged as they are" if plain else "averaged by spherical harmonics"
@@ -158,7 +158,7 @@ def _needed(order: int) -> int:
     return (order + 1) * (order + 2) // 2
 
 
-def _unevenness(directions: _Float) -> float:
+def unevenness(directions: _Float) -> float:
     """Frobenius norm of mean(g g^T) - I/3: 0 for directions even up to l = 2."""
     return float(np.linalg.norm(directions.T @ directions / len(directions) - np.eye(3) / 3))
 

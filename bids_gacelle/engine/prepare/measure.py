@@ -66,6 +66,7 @@ def measure(
         scale_group=np.tile(group, len(orders)),
         b0_groups=B0Groups(b0, b0_mean, *_b0_volumes(runs)),
         usable=usable,
+        directions=[shell.directions for run in runs for shell in run.shells],
         bscale=bscale,
         noise_source=describe_noise(runs) if sigma_known else "unknown",
         warnings=warnings,

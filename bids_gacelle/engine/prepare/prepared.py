@@ -51,6 +51,7 @@ class PreparedDwi:
     scale_group : (M,) row of ``scale_sigma`` whose b=0 signal divides the measurement.
     b0_groups : the b=0 signals.
     usable : (voxels,) every average is finite and every b=0 average positive.
+    directions : (n, 3) unit vectors of the volumes of each shell, in the order of the shells.
     bscale : (voxels,) ratio of actual to nominal b-values, NaN where unknown, or None.
     noise_source : what ``sigma`` comes from, in words.
     warnings : sentences for the user.
@@ -64,6 +65,7 @@ class PreparedDwi:
     scale_group: _Index
     b0_groups: B0Groups
     usable: npt.NDArray[np.bool_]
+    directions: list[_Float]
     bscale: npt.NDArray[np.float32] | None = None
     noise_source: str = "unknown"
     warnings: list[str] = field(default_factory=list)
