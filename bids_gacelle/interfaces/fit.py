@@ -135,9 +135,10 @@ def _fit_call(
     sigma = np.load(measured["sigma"], mmap_mode="r")[rows] if measured["sigma"] else None
     scale = np.load(measured["scale_sigma"], mmap_mode="r") if "scale_sigma" in measured else None
     group = None if scale is None else np.asarray(measured["scale_group"])[rows]
-    weights = np.asarray(measured["weights"])[rows] if "weights" in measured else None
-    if weights is not None and (sigma is not None or (weights == weights[0]).all()):
-        weights = None  # sigma leaves out what has no weight
+    weights = None
+    if sigma is None and "weights" in measured:  # sigma tells all that they do
+        weights = np.asarray(measured["weights"])[rows][: model.n_measurements]
+        weights = None if np.ptp(weights) == 0 else weights
 
     def call(data: np.ndarray, voxels: slice, progress: Any) -> FitResult:
         return fit(
@@ -146,7 +147,7 @@ def _fit_call(
             sigma=None if sigma is None else sigma[: len(data), voxels],
             scale_sigma=None if scale is None else scale[:, voxels],
             scale_group=None if group is None else group[: len(data)],
-            weights=None if weights is None else weights[: len(data)],
+            weights=weights,
             inputs={k: v[voxels] for k, v in inputs.items()},
             solver=settings.solver,
             noise=settings.noise,

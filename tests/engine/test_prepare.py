@@ -97,6 +97,18 @@ def test_powder_averages_of_a_brain(shared):
         assert prepared.usable.mean() > 0.99
 
 
+@pytest.mark.parametrize("name", ["b2k", "b6k"])
+@pytest.mark.parametrize("noise_model", ["gaussian", "rician"])
+def test_negative_samples_do_not_spoil_voxels_of_a_brain(shared, name, noise_model):
+    """Interpolation left some; what counts is the average."""
+    run = _load_run(shared / "data" / "dwi_brain_mdt", name)
+    negative = (run.signal < 0).any(axis=0)
+    assert negative.mean() > 0.04
+    prepared = prepare_dwi([run], noise_model=noise_model)
+    assert prepared.usable.mean() > 0.99
+    assert prepared.usable[negative].mean() > 0.93  # most others have b=0 at the noise floor
+
+
 def test_two_runs_are_joined_each_by_its_own_b0():
     g = even_directions(30)
     first = volumes([(1000, g), (2000, g)], scale=100, voxels=4)
@@ -120,6 +132,55 @@ def test_two_runs_are_joined_each_by_its_own_b0():
     np.testing.assert_array_equal(prepared.scale_group, [0, 0, 1])
     # timing that only one run states is no timing of the scheme
     assert prepare_dwi([first, timed[1]]).scheme.big_delta is None
+
+
+def test_jittered_b_values_are_one_shell():
+    g = even_directions(30)
+    run = volumes([(1000, g), (2500, g)])
+    jitter = np.where(run.bval > 0, np.resize([-5, 0, 5, 5, -5], len(run.bval)), 0)
+    jittered = _change(run, bval=run.bval + jitter)
+    prepared = prepare_dwi([jittered])
+    np.testing.assert_allclose(prepared.scheme.b, [1.0, 2.5], atol=2e-3)
+    np.testing.assert_array_equal(prepared.scheme.n_directions, 30)
+    np.testing.assert_array_equal(prepared.signals, prepare_dwi([run]).signals)
+
+
+def test_b_of_5_is_b0():
+    run = volumes([(1000, even_directions(30))], n_b0=4)
+    run.signal[2:4] *= 3
+    low = _change(run, bval=np.where(np.arange(34) < 4, [0, 5, 5, 0] + [0] * 30, run.bval))
+    prepared = prepare_dwi([low])
+    np.testing.assert_allclose(prepared.scheme.b, [1.0])
+    np.testing.assert_allclose(prepared.b0, 200)  # the mean of all four
+    np.testing.assert_array_equal(prepared.b0_groups.count, [4])
+
+
+def test_runs_of_different_echo_time_have_their_own_b0():
+    """Each run halves its own b=0 signal, whatever that of the other is."""
+    g = even_directions(20)
+    runs = []
+    for te, level in ((0.06, 300.0), (0.09, 120.0)):
+        run = volumes([(1000, g)])
+        signal = np.where(run.bval[:, None] > 0, level / 2, level).astype(np.float32)
+        runs.append(_change(run, signal=signal, echo_time=np.full(26, te)))
+    prepared = prepare_dwi(runs)
+    np.testing.assert_allclose(prepared.signals[:, 0], [0.5, 0.5])
+    np.testing.assert_allclose(prepared.scheme.echo_time, [0.06, 0.09])
+    np.testing.assert_allclose(prepared.b0_groups.signal[:, 0], [300, 120])
+    np.testing.assert_allclose(prepared.b0_groups.echo_time, [0.06, 0.09])
+
+
+def test_unknown_diffusion_times_hinder_only_models_that_need_them():
+    truth = {"fn": 0.5, "d": 1.9}
+    scheme = prepare_dwi([volumes([(b, even_directions(30)) for b in (700, 1500, 3000)])]).scheme
+    assert scheme.big_delta is None
+    assert scheme.small_delta is None
+    model = get_model("mcmicro")(scheme)
+    data = model.signal({k: torch.full((2,), v).double() for k, v in truth.items()}).numpy()
+    for name, value in truth.items():
+        np.testing.assert_allclose(fit(model, data).maps[name], value, rtol=1e-3)
+    with pytest.raises(EngineError, match="nexi needs big_delta"):
+        get_model("nexi")(scheme)
 
 
 def test_shells_by_tolerance():

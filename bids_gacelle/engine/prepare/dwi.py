@@ -61,8 +61,10 @@ def prepare_dwi(
         mean signal, which it exceeds where signals differ between directions.
     gradient_tensor : (voxels, 3, 3) deviation L of the gradients: a voxel sees (I + L) g where g
         is nominal, and |(I + L) g|^2 b. ``bscale`` is the mean of that factor over all weighted
-        volumes. Its spread over directions changes an average to second order in L only, but the
-        mean of a shell with uneven directions differs by up to 2 ||L|| ||mean(g g^T) - I/3||.
+        volumes. What it leaves: shells of uneven directions have another mean, by up to
+        2 ||L|| ||mean(g g^T) - I/3||; and averages over coherent fibres along u are those at
+        |(I + L)^T u|^2 b, so that about half of the error stays there, a tenth where fibres have
+        no common orientation.
 
     Raises
     ------

@@ -58,8 +58,8 @@ def anisotropic_excess(estimator: Estimator, magnitudes: _Float, sigma: _Float) 
     near the noise floor raise the average, as where fibres are coherent. What is left after it was
     subtracted has the expectation that a model of the average alone predicts.
 
-    The signals S_i come from an SH fit to the magnitudes, the part of each degree shrunk to its
-    power less that of noise, and the inverse of M.
+    The signals S_i come from an SH fit to the magnitudes, the part of each degree shrunk by the
+    share of noise in its power (James and Stein), and the inverse of M.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def anisotropic_excess(estimator: Estimator, magnitudes: _Float, sigma: _Float) 
         of_degree = estimator.degree == degree
         power = np.sum(smooth[of_degree] ** 2, axis=0)
         noise = np.sum(estimator.fit[of_degree] ** 2) * variance
-        smooth[of_degree] *= np.sqrt(np.maximum(1 - noise / np.maximum(power, _TINY), 0))
+        smooth[of_degree] *= np.maximum(1 - noise / np.maximum(power, _TINY), 0)
     signal = invert(np.maximum(estimator.basis @ smooth, 0), sigma)
     mean = np.maximum(estimator.mean @ signal, 0)
     return estimator.mean @ expected(signal, sigma) - expected(mean, sigma)
