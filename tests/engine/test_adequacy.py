@@ -79,7 +79,11 @@ def test_a_line_has_the_covariance_of_linear_regression():
     assert found["factor"].posterior_sd == pytest.approx(1.6 * np.sqrt(posterior[1, 1]))
 
 
-@pytest.mark.parametrize(("name", "options"), ALL_MODELS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    # At one diffusion time, other values of sandi give the same signals.
+    [(name, options) for name, options in ALL_MODELS if name != "sandi"],
+)
 def test_a_fit_of_typical_tissue_reports_what_was_expected(name, options):
     model = make_model(name, **options)
     shared = {}
@@ -87,6 +91,9 @@ def test_a_fit_of_typical_tissue_reports_what_was_expected(name, options):
         shared = {"scale_group": np.zeros(model.n_measurements, int)}
     sigma = 2e-3 * np.linspace(1, 2, model.n_measurements)
     found = expected_sd(model, sigma, **shared, **({"scale_sigma": [0.002]} if shared else {}))
+    if options.get("fit_r2a"):  # with k2a: only a prior tells the two apart
+        assert {e.verdict for e in found} == {adequacy.UNDETERMINED}
+        return
     tissues = list(dict.fromkeys(e.tissue for e in found))
     params = {
         p: torch.tensor([by_name(found, t)[p].value for t in tissues])
@@ -224,8 +231,8 @@ def test_values_that_options_rule_out_give_way_to_the_middle_of_the_box():
 
 
 def test_every_declared_tissue_lies_inside_the_bounds():
-    for name, options in ALL_MODELS:
-        model = make_model(name, **options)
+    for name in dict(ALL_MODELS):
+        model = make_model(name)
         for tissue in model.tissues.values():
             assert set(model.parameter_names) - {"S0", "M0"} <= set(tissue)
             for p in model.parameters:

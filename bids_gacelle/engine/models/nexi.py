@@ -109,8 +109,8 @@ class Nexi(DiffusionModel):
     # et al. 2024, doi:10.1162/imag_a_00104; Jelescu et al. 2022 in rats); white matter exchanges
     # more slowly and has more neurites.
     tissues = {  # noqa: RUF012
-        "grey matter": {"fn": 0.38, "dn": 2.4, "de": 0.95, "tex": 30.0, "p2": 0.2},
-        "white matter": {"fn": 0.58, "dn": 2.2, "de": 0.8, "tex": 60.0, "p2": 0.6},
+        "grey matter": {"fn": 0.38, "dn": 2.4, "de": 0.95, "tex": 30.0, "p2": 0.2, "p4": 0.08},
+        "white matter": {"fn": 0.58, "dn": 2.2, "de": 0.8, "tex": 60.0, "p2": 0.6, "p4": 0.35},
     }
     parameters: tuple[Parameter, ...] = FITTED
     derived: tuple[Parameter, ...] = (
