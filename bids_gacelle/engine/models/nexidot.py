@@ -45,6 +45,9 @@ class NexiDot(Nexi):
         Parameter("fntotal", "1", "Neurite share of the whole signal", window=(0.0, 1.0)),
         Parameter("fetotal", "1", "Extra-neurite share of the whole signal", window=(0.0, 1.0)),
     )
+    tissues: ClassVar[dict[str, dict[str, float]]] = {
+        name: values | {"fdot": 0.03} for name, values in Nexi.tissues.items()
+    }
     apart: ClassVar[str] = "fdot"  # the signal fraction of what does not exchange
 
     def __init__(self, scheme: DiffusionScheme, *, l_max: int = 0, **options: Any) -> None:

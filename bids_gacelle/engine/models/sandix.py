@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import Inputs, Parameter
-from bids_gacelle.engine.models.nexi import FITTED, RATE
+from bids_gacelle.engine.models.nexi import FITTED, RATE, Nexi
 from bids_gacelle.engine.models.nexidot import NexiDot
 from bids_gacelle.engine.models.sandi import Sandi
 from bids_gacelle.engine.models.smex import OLESEN
@@ -49,6 +49,10 @@ class Sandix(NexiDot):
         Parameter("fe", "1", "Extra-neurite signal fraction", window=(0.0, 1.0)),
         RATE,
     )
+    # Somas as in SANDI, exchange as in NEXI.
+    tissues = {  # noqa: RUF012
+        name: {"tex": Nexi.tissues[name]["tex"]} | values for name, values in Sandi.tissues.items()
+    }
     share = "fin"
     apart = "fs"
 
