@@ -102,11 +102,17 @@ class PrepareSignals(Step):
         Models that fit powder averages must not suffer from directions too few for others.
         """
         problem = ""
-        model: Any = settings.noise
-        options = {"noise": noise, "noise_model": model, "gradient_tensor": tensor}
         for l_max in dict.fromkeys((self.inputs.l_max, 0)):
             try:
-                return prepare_dwi(runs, l_max, settings.b0_threshold, **options), problem
+                result = prepare_dwi(
+                    runs,
+                    l_max,
+                    settings.b0_threshold,
+                    noise=noise,
+                    noise_model=settings.noise,
+                    gradient_tensor=tensor,
+                )
+                return result, problem
             except EngineError as error:
                 problem = problem or str(error)
         raise InputError(f"sub-{series.subject} {series.label}: {problem}")

@@ -426,6 +426,8 @@ def test_an_order_that_no_shell_determines_is_refused():
         prepare_dwi([run], l_max=4)
     with pytest.raises(EngineError, match="do not determine"):
         prepare_dwi([run], powder="sh")
+    with pytest.raises(EngineError, match="noise model is 'poisson'"):
+        prepare_dwi([run], noise_model="poisson")
 
 
 @pytest.mark.parametrize("known", [True, False])

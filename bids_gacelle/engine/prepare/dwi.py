@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from bids_gacelle.engine.prepare.prepared import PreparedDwi
 from bids_gacelle.engine.prepare.shells import find_shells
 from bids_gacelle.engine.prepare.volumes import DwiVolumes
 
+_NOISE_MODELS = ("gaussian", "rician")
 _Float = npt.NDArray[np.floating]
 
 
@@ -31,7 +31,7 @@ def prepare_dwi(
     b0_threshold: float = 100.0,
     powder: Powder = "auto",
     noise: Sequence[_Float | None] | None = None,
-    noise_model: Literal["gaussian", "rician"] = "gaussian",
+    noise_model: str = "gaussian",
     gradient_tensor: _Float | None = None,
 ) -> PreparedDwi:
     """Shells, b=0 normalisation, powder averages and rotational invariants with their noise.
@@ -56,9 +56,9 @@ def prepare_dwi(
     noise : standard deviation of one volume of each run, (voxels,) in the unit of its signal, or
         None for a run whose noise is to be estimated. Values that are not positive and finite are
         no values: the estimate, or where there is none the median of the others, replaces them.
-    noise_model : "rician" for fits with Rician noise: the noise is that of one channel, b=0
-        signals are above the noise floor, and S_0 is corrected to the expected magnitude of the
-        mean signal, which it exceeds where signals differ between directions.
+    noise_model : "gaussian", or "rician" for fits with Rician noise. The noise is then that of
+        one channel, the noise floor leaves b=0 signals, and S_0 becomes the expected magnitude of
+        the mean signal, which the mean magnitude exceeds where signals differ between directions.
     gradient_tensor : (voxels, 3, 3) deviation L of the gradients: a voxel sees (I + L) g where g
         is nominal, and |(I + L) g|^2 b. ``bscale`` is the mean of that factor over all weighted
         volumes. What it leaves: shells of uneven directions have another mean, by up to
@@ -73,6 +73,8 @@ def prepare_dwi(
         shell.
     """
     _check_arguments(runs, l_max, b0_threshold)
+    if noise_model not in _NOISE_MODELS:
+        raise EngineError(f"the noise model is {noise_model!r}; it must be gaussian or rician")
     given = [None] * len(runs) if noise is None else list(noise)
     if len(given) != len(runs):
         raise EngineError(f"there are {len(runs)} dwi runs but {len(given)} noise levels")

@@ -146,7 +146,7 @@ def _with_echo_decay(prepared: PreparedDwi, label: _Index) -> PreparedDwi:
     pool = _Pool(prepared, label)
     scheme, order = _echo_scheme(prepared.scheme, label[group], pool.count)
     with np.errstate(divide="ignore", invalid="ignore"):  # voxels that are not usable
-        ratio = pool.signal / pool.signal[0]
+        ratio = (pool.signal / pool.signal[0]).astype(np.float32)
         values = prepared.signals[:n] * ratio[label[group]]
         b0 = pool.mean[later] / pool.signal[0]
     references = np.flatnonzero(label == 0)
@@ -156,6 +156,7 @@ def _with_echo_decay(prepared: PreparedDwi, label: _Index) -> PreparedDwi:
     sigma = scale_sigma = None
     if prepared.sigma is not None and prepared.scale_sigma is not None:
         added = np.stack([pool.sd_against(g) * (label[g] > 0) for g in range(len(label))])
+        added = added.astype(np.float32)
         sigma = np.hypot(prepared.sigma[:n] * ratio[label[group]], values * added[group])
         b0_sigma = b0 * np.stack([pool.sd(k) for k in later])
         sigma = np.concatenate([sigma, b0_sigma])[order].astype(np.float32)

@@ -16,7 +16,8 @@ class DwiVolumes:
     ----------
     signal : (volumes, voxels), any unit.
     bval : (volumes,) in s/mm^2.
-    bvec : (volumes, 3); the frame does not matter, the length is normalised.
+    bvec : (volumes, 3); the frame does not matter (with gradient deviations: theirs), the length
+        is normalised.
     big_delta, small_delta : (volumes,) in ms, or None when unknown.
     echo_time : (volumes,) in s, or None when unknown (then taken as constant).
     """
