@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
@@ -188,6 +188,7 @@ class SignalModel(ABC):
         self.scheme = scheme
         self.chosen = {**self.options, **options}
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.compiled: dict[Hashable, Any] = {}  # what kernels keep for further fits
 
     def like(self, scheme: Scheme) -> SignalModel:
         """Return this model, with the options it was made with, for another acquisition."""
