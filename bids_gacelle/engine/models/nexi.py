@@ -73,6 +73,8 @@ _COHERENCES = tuple(
 # Coherences of the signals that a mixture consists of; all others lie between them. The last one
 # is where the least squares over the mixture look from: seen from there p2 and p4 do not mix.
 _CORNERS = {0: ((),), 2: ((0,), (1,)), 4: ((1, 0), (0, 1), (1, 1), (0, 0))}
+# The largest `bscale` that rules are made for: gradients a seventh stronger than nominal.
+LARGEST_SCALE = 1.3
 RATE = Parameter(
     "rn", "1/ms", "Exchange rate from neurites to extra-neurite space", window=(0.0, 0.1)
 )
@@ -127,10 +129,13 @@ class Nexi(DiffusionModel):
         sharpest = float(scheme.b.max()) * FITTED[1].bounds[1]
         # Six nodes err by 2e-6, far below any noise: enough for single-precision fits. Not for
         # P4, which no rule was fitted for.
-        self._rules = {
-            dtype: _rule(*powder_rule(sharpest, n), l_max)
-            for dtype, n in ((torch.float32, 6 if l_max < 4 else 8), (torch.float64, 8))
-        }
+        self._rules, self._scaled_rules = (
+            {
+                dtype: _rule(*powder_rule(largest, n), l_max)
+                for dtype, n in ((torch.float32, 6 if l_max < 4 else 8), (torch.float64, 8))
+            }
+            for largest in (sharpest, LARGEST_SCALE * sharpest)
+        )
 
     @property
     def n_measurements(self) -> int:
@@ -183,7 +188,7 @@ class Nexi(DiffusionModel):
             found = self._kernel_slopes(params[self.share], along * x2, beside, rate)
             return found._replace(by_first=found.by_first * x2)
 
-        orders = self._integrals(slopes, rate)
+        orders = self._integrals(slopes, rate, inputs)
         b = self.b(inputs, params["dn"])
         one = torch.ones_like(b)
         factors = (one, one, b, b, 1 / params["tex"])
@@ -216,13 +221,13 @@ class Nexi(DiffusionModel):
         def kernel(x2: Any) -> tuple[Tensor]:
             return (self._kernel(params[self.share], along * x2, beside, rate),)
 
-        return [order[0] for order in self._integrals(kernel, rate)]
+        return [order[0] for order in self._integrals(kernel, rate, inputs)]
 
     def _integrals(
-        self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor
+        self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor, inputs: Inputs | None
     ) -> list[list[Tensor]]:
         """Return |int_0^1 F P_l dx| of functions F(x^2), for each l a list of one for each F."""
-        squares, weights = self._rule(like)
+        squares, weights = self._rule(like, inputs)
         totals: list[list[Any]] = [[0.0] * 5 for _ in weights]
         # One node after the other: tensors stay small, and a compiler fuses all of them.
         for i, x2 in enumerate(squares):
@@ -250,8 +255,9 @@ class Nexi(DiffusionModel):
         time = self.table("big_delta", self.scheme.big_delta, params["dn"])
         return b * params["dn"], b * params["de"], time / params["tex"]
 
-    def _rule(self, like: Tensor) -> tuple[list[float], list[list[float]]]:
-        return self._rules.get(like.dtype, self._rules[torch.float64])
+    def _rule(self, like: Tensor, inputs: Inputs | None) -> tuple[list[float], list[list[float]]]:
+        rules = self._scaled_rules if "bscale" in (inputs or {}) else self._rules
+        return rules.get(like.dtype, rules[torch.float64])
 
 
 def _rule(
