@@ -47,6 +47,7 @@ class Settings:
     models: tuple[str, ...] = ()
     model_file: tuple[Path, ...] = ()
     combine_dwi: bool = False
+    fit_undetermined: bool = False
     mask: Path | None = None
     noise_map: Path | None = None
     gradient_deviation: Path | None = None

@@ -70,21 +70,29 @@ def add_b1_map(root: Path, b1: np.ndarray, subject: str = "01") -> None:
     write_json(path.with_suffix("").with_suffix(".json"), {"Units": "relative"})
 
 
-def add_dwi(root: Path, subject: str = "01", timing: bool = True) -> Path:
-    """Two b=0 volumes and three shells of 20 directions; isotropic decay."""
+def add_dwi(
+    root: Path,
+    subject: str = "01",
+    timing: bool = True,
+    shells: tuple[int, ...] = (1000, 2000, 3000),
+    run: int | None = None,
+    big_delta: float = 0.030,
+) -> Path:
+    """Two b=0 volumes and shells (s/mm^2) of 20 directions; isotropic decay."""
     random = np.random.default_rng(3)
-    bval = np.r_[0, 0, np.repeat([1000, 2000, 3000], 20)]
+    bval = np.r_[0, 0, np.repeat(shells, 20)]
     vectors = random.normal(size=(len(bval), 3))
     vectors /= np.linalg.norm(vectors, axis=1)[:, None]
     vectors[:2] = 0
     signal = np.exp(-bval * 0.7e-3) * np.ones((*SHAPE, len(bval))) * 500
     signal += random.normal(0, 5, signal.shape)
     folder = root / f"sub-{subject}/dwi"
-    path = write_image(folder / f"sub-{subject}_dwi.nii.gz", abs(signal))
-    np.savetxt(folder / f"sub-{subject}_dwi.bval", bval[None], fmt="%d")
-    np.savetxt(folder / f"sub-{subject}_dwi.bvec", vectors.T, fmt="%.6f")
-    times = {"SmallDelta": 0.010, "BigDelta": 0.030} if timing else {}
-    write_json(folder / f"sub-{subject}_dwi.json", {"EchoTime": 0.07, **times})
+    stem = f"sub-{subject}" + (f"_run-{run}" if run else "") + "_dwi"
+    path = write_image(folder / f"{stem}.nii.gz", abs(signal))
+    np.savetxt(folder / f"{stem}.bval", bval[None], fmt="%d")
+    np.savetxt(folder / f"{stem}.bvec", vectors.T, fmt="%.6f")
+    times = {"SmallDelta": 0.010, "BigDelta": big_delta} if timing else {}
+    write_json(folder / f"{stem}.json", {"EchoTime": 0.07, **times})
     return path
 
 

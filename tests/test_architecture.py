@@ -35,6 +35,7 @@ LAYERS = {
 ENGINE_LAYERS = {
     "fit": 10,
     "spatial_fit": 9,
+    "adequacy": 8,
     "result": 8,
     "uncertainty": 7,
     "blocks": 8,

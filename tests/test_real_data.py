@@ -7,6 +7,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 from scipy.optimize import least_squares
 
 from bids_gacelle.cli.main import main
@@ -141,12 +142,82 @@ def test_nexi_with_both_runs(shared, tmp_path):
     assert unusable.sum() <= 0.01 * mask.sum()
 
 
+@pytest.fixture(scope="module")
+def tissues(shared):
+    """White and grey matter by the diffusion tensor of the run that the maps are not judged by.
+
+    Least squares of the logarithm; voxels well inside the brain.
+    """
+    folder = shared / "data/dwi_brain_mdt"
+    base = folder / "sub-01/dwi/sub-01_acq-b2k_dwi"
+    b = np.loadtxt(base.with_suffix(".bval")).ravel() / 1000
+    g = np.loadtxt(base.with_suffix(".bvec"))
+    data = values(base.with_suffix(".nii.gz"))[..., b < 1.5]
+    g, b = g.T[b < 1.5] if len(g) == 3 else g[b < 1.5], b[b < 1.5]
+    pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
+    design = [np.ones(len(b)), *(-b * g[:, i] * g[:, j] * (1 + (i != j)) for i, j in pairs)]
+    signal = np.log(np.maximum(data, 1e-3)).reshape(-1, len(b))
+    found = np.linalg.lstsq(np.transpose(design), signal.T, rcond=None)[0][1:]
+    tensor = np.zeros((3, 3, found.shape[1]))
+    for (i, j), row in zip(pairs, found, strict=True):
+        tensor[i, j] = tensor[j, i] = row
+    eigen = np.linalg.eigvalsh(tensor.transpose(2, 0, 1)).reshape(*data.shape[:3], 3)
+    md = eigen.mean(-1)
+    spread, size = ((eigen - md[..., None]) ** 2).sum(-1), (eigen**2).sum(-1)
+    fa = np.sqrt(1.5 * spread / np.maximum(size, 1e-12))
+    mask = folder / "derivatives/masks/sub-01/dwi/sub-01_acq-b6k_desc-brain_mask.nii.gz"
+    inner = ndimage.binary_erosion(values(mask) > 0, np.ones((3, 3, 1)), iterations=4)
+    white = inner & (fa > 0.45) & (md < 1)
+    grey = inner & (fa < 0.2) & (md > 0.6) & (md < 1)
+    assert white.sum() > 1000
+    assert grey.sum() > 1000
+    return {"white": white, "grey": grey}
+
+
+def contrast(folder, name, tissues):
+    """Return the medians of a map in white and in grey matter."""
+    maps = values(folder / f"sub-01_{name}_dwimap.nii.gz")
+    return [float(np.median(maps[tissues[t]])) for t in ("white", "grey")]
+
+
+def share_unusable(folder, prefix, model):
+    flags = values(folder / f"sub-01_{prefix}desc-{model}fitflag_dseg.nii.gz").astype(int)
+    return ((flags & 4) > 0).sum() / ((flags & 1) == 0).sum()
+
+
+def test_models_of_both_runs_tell_white_from_grey_matter(shared, tmp_path, tissues):
+    models = ("mcmicro", "axcalibersmt", "nexi")
+    words = ("--models", ",".join(models), "--set", "nexi.l_max=2")
+    folder = dwi(shared, tmp_path, "--combine-dwi", *words) / "sub-01/dwi"
+    for model in models:
+        white, grey = contrast(folder, f"model-{model}_param-fn", tissues)
+        assert white > grey + 0.2, model
+        assert share_unusable(folder, "", model) <= 0.01
+    white, grey = contrast(folder, "model-nexi_param-p2", tissues)
+    assert white > grey + 0.1
+    page = (tmp_path / "sub-01.html").read_text()
+    assert "S_2 is left out of the fit" in page  # three directions at b = 750
+    assert "not estimable voxel by voxel" in page
+
+
+def test_sandi_of_one_run_tells_white_from_grey_matter(shared, tmp_path, tissues):
+    filters = tmp_path / "filters.json"
+    filters.write_text(json.dumps({"dwi": {"acquisition": "b6k"}}))
+    words = ("--models", "sandi", "--prior", "weak", "--bids-filter-file", filters)
+    folder = dwi(shared, tmp_path / "out", *words) / "sub-01/dwi"
+    white, grey = contrast(folder, "acq-b6k_model-sandi_param-fn", tissues)
+    assert white > grey + 0.1
+    white, grey = contrast(folder, "acq-b6k_model-sandi_param-fs", tissues)
+    assert grey > white
+    assert share_unusable(folder, "acq-b6k_", "sandi") <= 0.01
+
+
 def test_every_output_is_valid_bids(megre, shared, tmp_path, bids_errors):
     outputs = [
         megre,
         vfa(shared, tmp_path / "vfa"),
         dwi(shared, tmp_path / "dwi", "--models", "mcmicro"),
-        dwi(shared, tmp_path / "dwi2", "--models", "nexi", "--combine-dwi"),
+        dwi(shared, tmp_path / "dwi2", "--models", "nexi,sandi", "--combine-dwi"),
     ]
     for out in outputs:
         assert bids_errors(out) == []

@@ -13,6 +13,7 @@ from bids_gacelle.bids.discovery import Options, discover
 from bids_gacelle.bids.images import review_series
 from bids_gacelle.bids.queries import load_filter_file
 from bids_gacelle.bids.series import Job, Plan, Series
+from bids_gacelle.interfaces.adequacy import suited_jobs
 from bids_gacelle.interfaces.models import check_options, needs_of, select_models
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.rois import read_lookup
@@ -51,12 +52,13 @@ def make_plan(settings: Settings) -> Plan:
         database_dir=settings.bids_database_dir,
         ignore=settings.ignore,
     )
-    plan = discover(settings.bids_dir, [needs_of(m) for m in models], options)
+    plan = discover(settings.bids_dir, [needs_of(m, settings) for m in models], options)
     # Nodes of one series share its images, so its jobs stand together.
     jobs = sorted(
         plan.jobs, key=lambda j: (j.series.subject, j.series.session, series_key(j.series))
     )
-    return replace(plan, jobs=tuple(jobs))
+    suited, findings = suited_jobs(jobs, settings)
+    return replace(plan, jobs=suited, findings=(*plan.findings, *findings))
 
 
 def check_plan(plan: Plan) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,31 +10,19 @@ from typing import Literal
 
 from bids_gacelle.bids.candidates import Candidate, find_candidates, replacing_dwi
 from bids_gacelle.bids.companions import add_companions
-from bids_gacelle.bids.files import (
-    BidsFile,
-    open_dataset,
-    session_labels,
-    subject_labels,
-)
-from bids_gacelle.bids.layouts import (
-    Visit,
-    expected_dwi,
-    find_visits,
-    guess_layout,
-    open_layout,
-)
+from bids_gacelle.bids.files import BidsFile, subject_labels
+from bids_gacelle.bids.layouts import expected_dwi
 from bids_gacelle.bids.metadata import (
     QUANTITIES,
-    TIMES_IN_MS,
     MetadataError,
     Sidecars,
     per_volume,
     scalar,
 )
 from bids_gacelle.bids.options import Context, ModelNeeds, Options
-from bids_gacelle.bids.queries import matches, read_filters
+from bids_gacelle.bids.queries import matches
+from bids_gacelle.bids.request import open_request
 from bids_gacelle.bids.series import Finding, Job, Kind, Plan, Series, Severity
-from bids_gacelle.errors import InputError
 
 __all__ = ["ModelNeeds", "Options", "discover"]
 
@@ -74,16 +61,12 @@ def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> P
         or metadata field.
     """
     bids_dir = bids_dir.absolute()
-    visits = _visits(bids_dir, options)
-    subjects = _participants(bids_dir, options, visits)
-    sessions = _sessions(bids_dir, subjects, options, visits)
-    _refuse_shared_maps(subjects, options)
-    context = _open(bids_dir, subjects, options, visits)
+    context, sessions = open_request(bids_dir, options)
     findings: dict[Finding, None] = {}
     jobs: list[Job] = []
-    for subject in subjects:
-        own = [v.dwi for v in visits if v.subject == subject and v.dwi]
-        if closed := _closed_folder(own if visits else [bids_dir / f"sub-{subject}"]):
+    for subject in sessions:
+        own = [v.dwi for v in context.visits if v.subject == subject and v.dwi]
+        if closed := _closed_folder(own if context.visits else [bids_dir / f"sub-{subject}"]):
             for need in needs:
                 job, finding = _unreadable(subject, need, closed)
                 jobs.append(job)
@@ -95,113 +78,9 @@ def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> P
                 jobs.append(job)
                 findings.update(dict.fromkeys(found))
         findings.update(dict.fromkeys(_unused_poison(context, subject, used)))
-    findings.update(dict.fromkeys(_about_datasets(context, subjects)))
+    findings.update(dict.fromkeys(_about_datasets(context, list(sessions))))
     datasets = {d.name: str(d.root) for d in (context.raw, *context.derivatives)}
     return Plan(tuple(jobs), tuple(findings), datasets)
-
-
-# ------------------------------------------------------------------- what is asked for
-
-
-def _visits(bids_dir: Path, options: Options) -> list[Visit]:
-    """Folders of the participants where the data are no BIDS dataset."""
-    if not bids_dir.exists():
-        raise InputError(f"The dataset {bids_dir} does not exist.")
-    if not bids_dir.is_dir():
-        raise InputError(f"{bids_dir} is a file; give the folder of a BIDS dataset.")
-    if options.input_type == "bids":
-        return []
-    found = find_visits(options.input_type, bids_dir)
-    if not found:
-        raise InputError(
-            f"{bids_dir} has no folder of a participant as --input-type {options.input_type} has "
-            f"them, with {expected_dwi(options.input_type)} in it."
-        )
-    return found
-
-
-def _participants(bids_dir: Path, options: Options, visits: Sequence[Visit]) -> list[str]:
-    there = sorted({v.subject for v in visits}) or subject_labels(bids_dir)
-    if not there:
-        hint = "; is the dataset one of the folders in it?" if any(bids_dir.iterdir()) else ""
-        if layout := guess_layout(bids_dir):
-            hint = f"; it looks like --input-type {layout}"
-        raise InputError(f"{bids_dir} is no BIDS dataset: it has no folder sub-<label>{hint}")
-    return _chosen("participant", "sub-", options.participant_labels, there, str(bids_dir))
-
-
-def _sessions(
-    bids_dir: Path, subjects: Sequence[str], options: Options, visits: Sequence[Visit]
-) -> dict[str, list[str]]:
-    """Wanted sessions of each subject, [""] and more where all are wanted."""
-    roots = [bids_dir, *options.derivatives.values()]
-
-    def there(of: Sequence[str]) -> list[str]:
-        named = {label for root in roots for s in of for label in session_labels(root, s)}
-        return sorted(named | {v.session for v in visits if v.subject in of and v.session})
-
-    if not options.session_labels:
-        return {s: ["", *there([s])] for s in subjects}
-    # of all participants: with one cluster job for each, one that lacks a session is no mistake
-    everything = there([v.subject for v in visits] or subject_labels(bids_dir))
-    wanted = _chosen("session", "ses-", options.session_labels, everything, str(bids_dir))
-    return dict.fromkeys(subjects, wanted)
-
-
-def _chosen(
-    what: str, prefix: str, wanted: Sequence[str], there: Sequence[str], where: str
-) -> list[str]:
-    if not wanted:
-        return list(there)
-    labels = [w.removeprefix(prefix) for w in wanted]
-    for label in labels:
-        if label not in there:
-            shown = ", ".join(there[:_SHOWN]) + (", ..." if len(there) > _SHOWN else "")
-            listed = f"it has {len(there)}: {shown}" if there else "it has none"
-            raise InputError(f"No {what} '{label}' in {where}; {listed}.")
-    return [label for label in there if label in labels]
-
-
-def _refuse_shared_maps(subjects: Sequence[str], options: Options) -> None:
-    """Refuse one image for the voxels of several participants."""
-    given = {"--noise-map": options.noise_map, "--gradient-deviation": options.gradient_deviation}
-    beside = {"--noise-map": "desc-noise_dwimap", "--gradient-deviation": "graddev"}
-    for option, path in given.items():
-        if path and len(subjects) > 1:
-            raise InputError(
-                f"{option} {path} is an image of one participant, but {len(subjects)} are to be "
-                "fitted. Choose one with --participant-label, or give a derivative dataset (-d) "
-                f"with a *_{beside[option]}.nii.gz for each."
-            )
-
-
-def _open(
-    bids_dir: Path, subjects: Sequence[str], options: Options, visits: Sequence[Visit]
-) -> Context:
-    queries = read_filters(options.filters)
-    if not (math.isfinite(options.b0_threshold) and options.b0_threshold >= 0):
-        raise InputError(
-            f"--b0-threshold {options.b0_threshold:g}: the highest b-value (s/mm^2) that counts "
-            "as b=0 is needed, 0 or more."
-        )
-    for field in options.assume_ms:
-        if field not in TIMES_IN_MS:
-            valid = ", ".join(TIMES_IN_MS)
-            raise InputError(f"--assume-ms {field}: not a field read in s; valid are {valid}.")
-    for name, path in options.derivatives.items():
-        if name == "raw":
-            raise InputError("The name raw stands for the dataset itself; rename -d raw=... .")
-        if not path.is_dir():
-            raise InputError(f"-d {name}={path}: there is no such folder.")
-    if options.input_type == "bids":
-        raw = open_dataset("raw", bids_dir, subjects, options.database_dir)
-    else:
-        raw = open_layout(options.input_type, "raw", bids_dir, visits, subjects)
-    derivatives = tuple(
-        open_dataset(name, path.absolute(), subjects, options.database_dir)
-        for name, path in options.derivatives.items()
-    )
-    return Context(raw, derivatives, options, queries, tuple(visits))
 
 
 def _units(context: Context, subject: str, sessions: Sequence[str]) -> list[str]:
@@ -281,6 +160,7 @@ def _too_few(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
     if need.kind == "dwi":
         counted += " (b-values or diffusion times)"
         advice = " More runs of a session can be joined with --combine-dwi."
+    advice += " --fit-undetermined fits it nonetheless."
     first = candidate.files[0]
     there = f"`{first.label}`" + (" and its like have" if len(candidate.files) > 1 else " has")
     return MetadataError(

@@ -109,6 +109,7 @@ def map_sidecar(
         "NoiseModel": settings.get("noise"),
         "VoxelsFitted": settings.get("n_voxels"),
         "VoxelsAtBound": _voxels_at_bound(settings, parameter),
+        "CramerRaoBound": None if statistic else _expected(settings, parameter),
         "FitHash": record.fit_hash,
         "Version": record.version,
     }
@@ -263,6 +264,22 @@ def _voxels_at_bound(settings: Mapping[str, Any], parameter: str) -> int | None:
     if share is None or settings.get("n_voxels") is None or not math.isfinite(share):
         return None
     return round(share * settings["n_voxels"])
+
+
+def _expected(settings: Mapping[str, Any], parameter: str) -> dict[str, Any] | None:
+    """What the protocol was expected to tell of a parameter, by typical tissue."""
+    found = settings.get("adequacy") or {}
+    rows = [row for row in found.get("expected", ()) if row["parameter"] == parameter]
+    if not rows:
+        return None
+    return {
+        "Description": "Smallest standard deviation of an unbiased estimate of one voxel",
+        "SNR": found["snr"],
+        "SNRAssumed": found["assumed"],
+        "Units": rows[0]["unit"],
+        "StandardDeviation": {row["tissue"]: row["sd"] for row in rows},
+        "Verdict": {row["tissue"]: row["verdict"] for row in rows if row["verdict"]},
+    }
 
 
 def _doi(reference: str) -> str:

@@ -136,7 +136,7 @@ def _overruled(
             if not candidate:
                 continue
             found, name = candidate
-            times = _in_ms(found, name, image, options, lambda _: None)
+            times = _in_ms(found, name, image, options, _silent)
         except MetadataError as error:
             warnings.append(str(error).rstrip(".") + used)
             continue
@@ -242,6 +242,10 @@ def _from_parents(
     return joined_values(field, run, parents, times, "ms")
 
 
+def _silent(_: str) -> None:
+    """For values that are only compared, and so need no warning."""
+
+
 def _of_raw(options: Options) -> Options:
     """Options for a raw run: files of the command line are about what was made of it."""
     return replace(options, timing_file=None, scheme_file=None)
@@ -272,10 +276,9 @@ def _or_from_differing(
 
     A pipeline may hand on the sidecar of the first run only.
     """
-    quiet: Callable[[str], None] = lambda _: None  # noqa: E731
     weighted = [p for p in parents if p.weighted.any()]
     try:
-        stated = [_times_of(field, p, options, quiet) for p in weighted]
+        stated = [_times_of(field, p, options, _silent) for p in weighted]
     except MetadataError:
         return own
     first = stated[0] if stated else None

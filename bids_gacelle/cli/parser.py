@@ -226,6 +226,13 @@ def _fit(parser: argparse.ArgumentParser) -> None:
         help="weak: a wide Gaussian prior, stated in the sidecars (default: none)",
     )
     group.add_argument(
+        "--fit-undetermined",
+        "--force",
+        action="store_true",
+        help="fit a model also where the acquisition cannot determine its parameters (a single "
+        "shell, say); the maps then show starting values as much as tissue",
+    )
+    group.add_argument(
         "--set",
         dest="model_options",
         nargs="+",

@@ -3,6 +3,7 @@
 Knows nothing of BIDS, Nipype or files, and needs torch and numpy only.
 """
 
+from bids_gacelle.engine.adequacy import expected_sd
 from bids_gacelle.engine.blocks import Progress
 from bids_gacelle.engine.errors import EngineError, FitInterrupted
 from bids_gacelle.engine.fit import fit
@@ -39,6 +40,7 @@ __all__ = [
     "Progress",
     "Reference",
     "SignalModel",
+    "expected_sd",
     "fit",
     "get_model",
     "list_models",

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +84,14 @@ class Voxels(NamedTuple):
         if self.weight is None or self.emphasis is None:
             return self.emphasis if self.weight is None else self.weight
         return self.weight * self.emphasis
+
+    def counted(self) -> Tensor:
+        """Return 1 for measurements that an estimate uses and 0 for those left out, as `data`."""
+        counted = torch.ones_like(self.data)
+        for factor in (self.weight, self.emphasis):
+            if factor is not None:
+                counted = counted * (factor != 0)
+        return counted
 
     def variance(self) -> Tensor:
         """Return the noise variance of each measurement, (measurements or 1, voxels)."""
@@ -201,10 +209,30 @@ class Kernel:
         """Whether any function of this kernel was compiled and works."""
         return any(function.works for function in self.compiled.values())
 
-    def compile(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function compiled; made once under this name for all blocks of a fit."""
+    def compile(
+        self, name: str, function: Callable[..., Any], *depends: Hashable, once: bool = False
+    ) -> Callable[..., Any]:
+        """Return the function compiled, under this name for all blocks of a fit.
+
+        Parameters
+        ----------
+        name
+            One name in a kernel stands for one function.
+        function
+            A pure function of tensors.
+        depends
+            What it depends on besides this kernel. A function that depends on the same is not
+            compiled again in another fit of the same model object.
+        once
+            It depends on more than can be told.
+        """
         if name not in self.compiled:
-            self.compiled[name] = Compiled(function)
+            objective, parameters = self.objective, self.model.parameters
+            key = (name, depends, objective.noise, objective.loss, objective.corner, parameters)
+            kept = {} if once else self.model.compiled
+            self.compiled[name] = kept.setdefault(
+                (*key, self.dtype, self.device), Compiled(function)
+            )
         return self.compiled[name]
 
     def _column(self, values: list[float]) -> Tensor:
@@ -339,7 +367,7 @@ class Compiled:
     Parameters
     ----------
     function
-        A pure function of tensors whose shapes do not change.
+        A pure function of tensors whose shapes hardly ever change.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -351,7 +379,12 @@ class Compiled:
         """Call the compiled function, or the eager one after a failed compilation."""
         if self._call is None:
             return self._first_call(*args)
-        return self._call(*args)
+        try:
+            return self._call(*args)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            # So many kinds of data had one model object that those compiled first are given up.
+            torch.compiler.reset()
+            return self._first_call(*args)
 
     def _first_call(self, *args: object) -> Any:
         self._function(*args)  # fills caches of constants, which a trace had better find filled

@@ -107,14 +107,16 @@ def from_residuals(
         residual = exact.signal(position[:, index], part.inputs) - part.data
         if part.weight is not None:
             residual = residual * part.weight.sqrt()
-        m = len(residual)
-        degrees = max(m - len(position), 1)
+        counted = part.counted()
+        m = counted.sum(0)
+        degrees = (m - len(position)).clamp_min(1)
         if median:
-            scale = _MAD * residual.abs().quantile(0.5, dim=0)
+            sizes = torch.where(counted > 0, residual.abs(), torch.nan)
+            scale = _MAD * sizes.nanquantile(0.5, dim=0)
             # Residuals that are all 0 would leave robust losses without a unit.
             out.append((scale**2 * (m / degrees)).clamp_min(1e-12))
         else:
-            out.append((residual**2).sum(0) / degrees)
+            out.append((counted * residual**2).sum(0) / degrees)
     return torch.cat(out)[:n]
 
 

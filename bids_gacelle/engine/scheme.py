@@ -85,7 +85,8 @@ class DiffusionScheme(_Scheme):
     echo_time
         Echo time in s, or None.
     n_directions
-        Number of gradient directions averaged in each shell, or None.
+        Number of gradient directions averaged in each shell, or None; of weighted averages the
+        effective one, 1 / sum w^2, of b = 0 the number of volumes.
 
     Raises
     ------

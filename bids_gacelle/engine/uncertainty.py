@@ -117,8 +117,8 @@ class Assessor:
         """Return the sums over measurements; `membership` is (groups, measurements, 1)."""
         kernel = self.kernel
         expected, columns = kernel.expected(position, voxels)
-        residual = expected - voxels.data
-        squares = residual**2
+        counted = voxels.counted()
+        squares = counted * (expected - voxels.data) ** 2
         weight = voxels.weight
         information, noise = self._weights(expected, voxels)
         pairs = packed(len(columns))
@@ -141,9 +141,9 @@ class Assessor:
             for member in membership.unbind(0)
         ]
         return Moments(
-            squares.mean(0),
+            squares.sum(0) / counted.sum(0),
             (squares if weight is None else squares * weight).sum(0),
-            (voxels.data**2).mean(0),
+            (counted * voxels.data**2).sum(0) / counted.sum(0),
             torch.stack(inner),
             torch.stack(middle),
             torch.stack(pulls) if pulls else position.new_zeros(0, *position.shape),
@@ -169,7 +169,7 @@ class Assessor:
     ) -> Assessment:
         at_bound = _at_bound(self.kernel, solution.position)
         free = ~at_bound
-        degrees = len(voxels.data) - free.sum(0)
+        degrees = voxels.counted().sum(0) - free.sum(0)
         from_residuals = moments.weighted / torch.where(degrees > 0, degrees, torch.nan)
         variance = voxels.noise_variance
         if variance is None:

@@ -22,13 +22,13 @@ from bids_gacelle.engine import (
     FitResult,
     Progress,
     fit,
-    get_model,
 )
 from bids_gacelle.errors import InputError
+from bids_gacelle.interfaces.adequacy import protocol_adequacy
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
-from bids_gacelle.interfaces.models import split_options
+from bids_gacelle.interfaces.models import model_class, split_options
 from bids_gacelle.interfaces.plots import example_voxels, plot_axes
-from bids_gacelle.interfaces.prepare import scheme_from_json
+from bids_gacelle.interfaces.prepare import measurements_of
 from bids_gacelle.settings import Settings
 
 PILOT_VOXELS = 1024
@@ -73,6 +73,9 @@ class FitModel(Step):
         try:
             model, data = build_model(name, settings, prepared)
             call = _fit_call(model, settings, prepared)
+            suited = protocol_adequacy(model, prepared, settings)
+            for sentence in suited["sentences"]:
+                LOGGER.warning("%s: %s", title.removesuffix(f" {name}"), sentence)
             _announce(title, call, data)
             result = call(data, slice(None), _progress(title))
         except EngineError as error:
@@ -81,6 +84,7 @@ class FitModel(Step):
             raise KeyboardInterrupt from None
         if self.inputs.use_gpu:
             result.settings["peak_vram_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        result.settings["adequacy"] = suited
         _log_outcome(title, result)
         arrays: dict[str, Any] = {"flags": result.flags, "nrmse": result.nrmse}
         if result.chi2 is not None:
@@ -103,24 +107,13 @@ class FitModel(Step):
 def build_model(name: str, settings: Settings, prepared: dict[str, Any]) -> tuple[Any, np.ndarray]:
     """The model for the prepared scheme, and the rows of the signals that it describes."""
     own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
-    scheme, rows = _select(name, settings, prepared)
-    model = get_model(name)(scheme, **own)
+    measured, scheme, rows = measurements_of(name, settings, prepared)
+    model = model_class(name, settings)(scheme, **own)
     # Invariants follow each other by order, so a model of a lower l_max takes the first ones.
-    signals = np.load(prepared["signals"], mmap_mode="r")[rows]
+    signals = np.load(measured["signals"], mmap_mode="r")[rows]
     if model.n_measurements > len(signals):
         raise InputError(f"{name}: {prepared['l_max_error']}")
     return model, signals[: model.n_measurements]
-
-
-def _select(name: str, settings: Settings, prepared: dict[str, Any]) -> tuple[Any, Any]:
-    """The acquisition that a model is made for, and the rows of the signals that it has."""
-    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
-    scheme = scheme_from_json(prepared["scheme"])
-    wanted = get_model(name).wanted(scheme, own)
-    if wanted is None:
-        return scheme, slice(None)
-    rows = np.flatnonzero(wanted)
-    return scheme.take(rows), rows
 
 
 def load_fit(fitted: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -137,11 +130,15 @@ def _fit_call(
 ) -> Callable[[np.ndarray, slice, Any], FitResult]:
     given = settings.model_options.get(model.name, {})
     _, options = split_options(model.name, given, settings.solver)
-    _, rows = _select(model.name, settings, prepared)
-    sigma = np.load(prepared["sigma"], mmap_mode="r")[rows] if prepared["sigma"] else None
     inputs = {k: np.load(v) for k, v in prepared["inputs"].items() if k in model.voxel_inputs}
-    scale = np.load(prepared["scale_sigma"], mmap_mode="r") if "scale_sigma" in prepared else None
-    group = None if scale is None else np.asarray(prepared["scale_group"])[rows]
+    measured, _, rows = measurements_of(model.name, settings, prepared)
+    sigma = np.load(measured["sigma"], mmap_mode="r")[rows] if measured["sigma"] else None
+    scale = np.load(measured["scale_sigma"], mmap_mode="r") if "scale_sigma" in measured else None
+    group = None if scale is None else np.asarray(measured["scale_group"])[rows]
+    weights = None
+    if sigma is None and "weights" in measured:  # sigma tells all that they do
+        weights = np.asarray(measured["weights"])[rows][: model.n_measurements]
+        weights = None if np.ptp(weights) == 0 else weights
 
     def call(data: np.ndarray, voxels: slice, progress: Any) -> FitResult:
         return fit(
@@ -150,6 +147,7 @@ def _fit_call(
             sigma=None if sigma is None else sigma[: len(data), voxels],
             scale_sigma=None if scale is None else scale[:, voxels],
             scale_group=None if group is None else group[: len(data)],
+            weights=weights,
             inputs={k: v[voxels] for k, v in inputs.items()},
             solver=settings.solver,
             noise=settings.noise,

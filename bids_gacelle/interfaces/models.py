@@ -13,6 +13,7 @@ from bids_gacelle.engine.device import resolve_devices
 from bids_gacelle.engine.solvers import check_solver_options, solver_options
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.model_files import model_file
+from bids_gacelle.settings import Settings
 
 
 def get_model(name: str) -> type[SignalModel]:
@@ -27,6 +28,20 @@ def get_model(name: str) -> type[SignalModel]:
         return engine_model(name)
     except EngineError as error:
         raise InputError(str(error)) from error
+
+
+def model_class(name: str, settings: Settings) -> type[SignalModel]:
+    """The class of a model for a run; with --fit-undetermined it takes any number of measurements.
+
+    Raises
+    ------
+    InputError
+        An installed package announces it and cannot give it.
+    """
+    model = get_model(name)
+    if not settings.fit_undetermined:
+        return model
+    return type(model.__name__, (model,), {"minimum_measurements": 1})
 
 
 def select_models(names: Iterable[str], solver: str = "lm") -> tuple[str, ...]:
@@ -95,9 +110,9 @@ def check_options(
             raise InputError(f"--set {model}: {model} is not among the models to fit.")
 
 
-def needs_of(name: str) -> ModelNeeds:
+def needs_of(name: str, settings: Settings) -> ModelNeeds:
     """What discovery must find for a model."""
-    model = get_model(name)
+    model = model_class(name, settings)
     return ModelNeeds(
         name=name,
         kind=model.kind,

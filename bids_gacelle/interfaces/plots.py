@@ -1,13 +1,14 @@
-"""What the report draws of single voxels: the data, the fit, and a smooth curve through it."""
+"""What the report draws of a fit: single voxels and tissues, data with smooth curves through."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from bids_gacelle.engine import EngineError, FitResult
+from bids_gacelle.engine.prepare import unevenness
 
 CURVE_POINTS = 80
 ABSCISSA = {"megre": ("echo_time", 1000.0), "vfa": ("flip_angle", 1.0), "dwi": ("b", 1.0)}
@@ -16,13 +17,40 @@ ABSCISSA = {"megre": ("echo_time", 1000.0), "vfa": ("flip_angle", 1.0), "dwi": (
 UNUSABLE = 4 | 8 | 32
 """Flags of voxels that are not shown as examples: no estimate to show."""
 
+MOST_VOXELS = 1000
+"""Voxels that stand for a tissue; evenly taken from all of them."""
+
+FEWEST_VOXELS = 5
+
+ALL_VOXELS = "all voxels"
+"""Where no segmentation tells tissues apart."""
+
+
+class Smooth(NamedTuple):
+    """A model of a finely sampled acquisition like that of one group of measurements.
+
+    Attributes
+    ----------
+    group
+        As in `plot_axes`.
+    x
+        What the curve is drawn over.
+    model, rows
+        The model, and which of its measurements belong to the curve.
+    """
+
+    group: str
+    x: np.ndarray
+    model: Any
+    rows: slice
+
 
 def plot_axes(model: Any) -> dict[str, Any]:
     """Abscissa, labels and group of every measurement of a model."""
     scheme = model.scheme
     name, per_unit = ABSCISSA[model.kind]
     orders = model.n_measurements // len(scheme)
-    shells = [_group(scheme, i) for i in range(len(scheme))]
+    shells = timing_groups(scheme)
     labels = [f"S{2 * k} {g}".strip() if k else g for k in range(orders) for g in shells]
     return {
         "x": np.tile(scheme.columns()[name] * per_unit, orders).tolist(),
@@ -34,6 +62,46 @@ def plot_axes(model: Any) -> dict[str, Any]:
         "y_label": "Signal relative to b = 0" if model.kind == "dwi" else "Signal",
         "groups": labels,
     }
+
+
+def timing_groups(scheme: Any) -> list[str]:
+    """What sets each measurement apart besides b: Delta, and delta and TE where they differ."""
+    columns = scheme.columns()
+    words: list[list[str]] = [[] for _ in range(len(scheme))]
+    for name, label, factor in (
+        ("big_delta", "Δ", 1.0),
+        ("small_delta", "δ", 1.0),
+        ("echo_time", "TE", 1000.0),
+    ):
+        values = columns.get(name)
+        if "big_delta" not in columns or values is None:  # gradient echoes have no groups
+            continue
+        if name == "big_delta" or np.ptp(values) > 1e-9:
+            for entry, value in zip(words, values, strict=True):
+                entry.append(f"{label} {value * factor:.4g} ms")
+    return [", ".join(entry) for entry in words]
+
+
+def gradient_table(scheme: Any, directions: list[Any]) -> list[dict[str, Any]]:
+    """The shells of a dwi series as the report draws them.
+
+    Parameters
+    ----------
+    scheme : DiffusionScheme
+    directions : unit vectors (n, 3) of each shell that is not b=0, in order
+    """
+    columns = {k: v for k, v in scheme.columns().items() if v is not None}
+    weighted = np.flatnonzero(scheme.b > 0)
+    groups = timing_groups(scheme)
+    return [
+        {
+            **{k: float(f"{v[i]:.6g}") for k, v in columns.items()},
+            "group": groups[i],
+            "directions": vectors,
+            "unevenness": float(f"{unevenness(np.asarray(vectors)):.3g}"),
+        }
+        for i, vectors in zip(weighted, directions, strict=True)
+    ]
 
 
 def example_voxels(
@@ -56,18 +124,18 @@ def example_voxels(
         return []
     ordered = shown[np.argsort(result.nrmse[shown], kind="stable")]
     picks = {"best": ordered[0], "median": ordered[len(ordered) // 2], "worst": ordered[-1]}
-    grid = np.argwhere(mask)
+    grid, smooth = np.argwhere(mask), smooth_models(model)
     examples = []
     for label, voxel in picks.items():
         one = {k: v[voxel : voxel + 1] for k, v in inputs.items() if k in model.voxel_inputs}
-        values = {name: float(result.maps[name][voxel]) for name in model.parameter_names}
+        values = {k: result.maps[k][voxel : voxel + 1] for k in model.parameter_names}
         examples.append(
             {
                 "label": label,
                 "voxel": grid[voxel].tolist(),
                 "data": np.asarray(data[:, voxel], float).tolist(),
-                "fit": _signal(model, values, one).tolist(),
-                "curves": _curves(model, values, one),
+                "fit": _signal(model, values, one)[:, 0].tolist(),
+                "curves": _curves(smooth, values, one),
                 "values": {k: float(v[voxel]) for k, v in result.maps.items()},
                 "std": {k: float(v[voxel]) for k, v in result.std.items()},
                 "nrmse": float(result.nrmse[voxel]),
@@ -76,35 +144,113 @@ def example_voxels(
     return examples
 
 
-def _group(scheme: Any, entry: int) -> str:
-    """What sets a measurement apart besides the abscissa: its diffusion time."""
-    big_delta = scheme.columns().get("big_delta")
-    return "" if big_delta is None else f"Δ {big_delta[entry]:g} ms"
+def decays(
+    model: Any,
+    data: np.ndarray,
+    inputs: dict[str, np.ndarray],
+    fit: dict[str, np.ndarray],
+    tissues: dict[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    """Signals and fits of whole tissues.
+
+    The fit of a tissue is the median over its voxels of the signal that the model predicts with
+    each voxel's own parameters: a model of the median parameters would be no fit of any data.
+
+    Parameters
+    ----------
+    data : ndarray, shape (measurements, voxels)
+    fit : arrays over the voxels, as `interfaces.fit.load_fit` gives them
+    tissues : ndarray of bool, shape (voxels,), by name
+
+    Returns
+    -------
+    list of dict
+        name, n_voxels (with an estimate), n_shown, data (median, q25, q75), fit, and curves (as
+        in `example_voxels`); tissues of fewer than 5 voxels are left out.
+    """
+    usable = (fit["flags"] & UNUSABLE) == 0
+    usable &= np.logical_and.reduce([np.isfinite(fit[f"map_{k}"]) for k in model.parameter_names])
+    smooth = smooth_models(model)
+    found = []
+    for name, inside in tissues.items():
+        voxels = np.flatnonzero(inside & usable)
+        if len(voxels) < FEWEST_VOXELS:
+            continue
+        shown = voxels[:: -(-len(voxels) // MOST_VOXELS)]
+        values = {k: fit[f"map_{k}"][shown] for k in model.parameter_names}
+        extra = {k: v[shown] for k, v in inputs.items() if k in model.voxel_inputs}
+        q25, median, q75 = np.percentile(np.asarray(data[:, shown], float), [25, 50, 75], axis=1)
+        found.append(
+            {
+                "name": name,
+                "n_voxels": len(voxels),
+                "n_shown": len(shown),
+                "median": median.tolist(),
+                "q25": q25.tolist(),
+                "q75": q75.tolist(),
+                "fit": np.median(_signal(model, values, extra), axis=1).tolist(),
+                "curves": _curves(smooth, values, extra),
+            }
+        )
+    return found
 
 
-def _signal(model: Any, values: dict[str, float], inputs: dict[str, np.ndarray]) -> np.ndarray:
-    params = {k: torch.tensor([v], dtype=torch.float64) for k, v in values.items()}
+def obtained_sd(
+    model: Any, fit: dict[str, np.ndarray], tissues: dict[str, np.ndarray]
+) -> dict[str, dict[str, list[float]]]:
+    """Median standard deviation in the map, and the share of voxels that have one.
+
+    By tissue and quantity; of an amplitude relative to its value.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, inside in tissues.items():
+        found[name] = {}
+        for about in (*model.parameters, *model.derived):
+            spread = fit[f"std_{about.name}"][inside]
+            if about.amplitude:
+                size = np.abs(fit[f"map_{about.name}"][inside])
+                spread = spread / np.where(size > 0, size, np.nan)
+            known = spread[np.isfinite(spread)]
+            if known.size:
+                share = known.size / spread.size
+                found[name][about.name] = [float(np.median(known)), float(share)]
+    return found
+
+
+def _signal(
+    model: Any, values: dict[str, np.ndarray], inputs: dict[str, np.ndarray]
+) -> np.ndarray:
+    """Signals (measurements, voxels) of parameters (voxels,)."""
+    params = {k: torch.as_tensor(v, dtype=torch.float64) for k, v in values.items()}
     extra = {k: torch.as_tensor(v, dtype=torch.float64) for k, v in inputs.items()}
-    return model.signal(params, extra)[:, 0].numpy()
+    return model.signal(params, extra).numpy()
+
+
+def smooth_models(model: Any) -> list[Smooth]:
+    """One finely sampled model per group of measurements; none where the model refuses it."""
+    groups = plot_axes(model)["groups"]
+    found = []
+    for group in dict.fromkeys(groups):
+        scheme, x, rows = _dense(model, [i for i, g in enumerate(groups) if g == group])
+        try:
+            found.append(Smooth(group, x, model.like(scheme), rows))
+        except EngineError:
+            continue  # a model may refuse what was not measured, which must not cost the maps
+    return found
 
 
 def _curves(
-    model: Any, values: dict[str, float], inputs: dict[str, np.ndarray]
+    smooth: list[Smooth], values: dict[str, np.ndarray], inputs: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """Smooth curves of the fitted model, one per group of `plot_axes`."""
-    axes = plot_axes(model)
-    groups = list(dict.fromkeys(axes["groups"]))
-    curves = []
-    for group in groups:
-        members = [i for i, g in enumerate(axes["groups"]) if g == group]
-        scheme, x, rows = _dense(model, members)
-        try:
-            dense = type(model)(scheme, **{name: getattr(model, name) for name in model.options})
-            y = _signal(dense, values, inputs)[rows]
-        except EngineError:
-            continue  # a model may refuse what was not measured, which must not cost the maps
-        curves.append({"group": group, "x": x.tolist(), "y": y.tolist()})
-    return curves
+    """Smooth curves of the fitted model, medians over the voxels, one per group."""
+    return [
+        {
+            "group": each.group,
+            "x": each.x.tolist(),
+            "y": np.median(_signal(each.model, values, inputs)[each.rows], axis=1).tolist(),
+        }
+        for each in smooth
+    ]
 
 
 def _dense(model: Any, members: list[int]) -> tuple[Any, np.ndarray, slice]:

@@ -22,6 +22,7 @@ from bids_gacelle.engine import (
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
 from bids_gacelle.interfaces.collect import reference_image
+from bids_gacelle.interfaces.models import get_model, split_options
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes, resample_to
 
@@ -55,24 +56,26 @@ class PrepareSignals(Step):
         volumes = np.load(self.inputs.collected["volumes"], mmap_mode="r")
         signals = volumes[:, mask]
         prepared: dict[str, Any] = {"sigma": "", "inputs": {}, "warnings": []}
-        scheme: GradientEchoScheme | DiffusionScheme
         if series.kind == "dwi":
             runs = _dwi_volumes(series, signals)
             noise, warnings = _noise(series, runs, mask, settings.b0_threshold)
-            result, prepared["l_max_error"] = self._prepare_dwi(series, runs, noise, settings)
-            scheme, signals = result.scheme, result.signals
+            deviation = series.gradient_deviation
+            tensor = None if deviation is None else gradient_tensor(deviation.image, mask)
+            result, problem = self._prepare_dwi(series, runs, noise, tensor, settings)
+            prepared |= save_dwi(result, cwd)
+            prepared["l_max_error"] = problem
+            prepared["directions"] = [np.round(d, 4).tolist() for d in result.directions]
             prepared["warnings"] = [*warnings, *result.warnings]
             prepared["noise_source"] = result.noise_source
+            if result.bscale is not None:
+                prepared["inputs"]["bscale"] = _save(cwd / "bscale.npy", result.bscale)
             if settings.write_scheme and not series.has_diffusion_times:
                 prepared["warnings"].append(
                     "no scheme file is written: SmallDelta or BigDelta is unknown"
                 )
-            if result.sigma is not None and result.scale_sigma is not None:
-                prepared["sigma"] = _save(cwd / "sigma.npy", result.sigma)
-                prepared["scale_sigma"] = _save(cwd / "scale_sigma.npy", result.scale_sigma)
-                prepared["scale_group"] = np.asarray(result.scale_group).tolist()
         else:
-            scheme = _gradient_echo_scheme(series)
+            prepared["signals"] = _save(cwd / "signals.npy", signals)
+            prepared["scheme"] = scheme_to_json(_gradient_echo_scheme(series))
         if series.b1_map is not None:
             reference = reference_image(self.inputs.collected)
             b1 = _b1(series, reference)[mask]
@@ -84,8 +87,6 @@ class PrepareSignals(Step):
                 )
         for warning in prepared["warnings"]:
             LOGGER.warning("sub-%s %s: %s", series.subject, series.label, warning)
-        prepared["signals"] = _save(cwd / "signals.npy", signals)
-        prepared["scheme"] = scheme_to_json(scheme)
         return {"prepared": prepared}
 
     def _prepare_dwi(
@@ -93,20 +94,99 @@ class PrepareSignals(Step):
         series: Series,
         runs: list[DwiVolumes],
         noise: list[np.ndarray | None],
+        tensor: np.ndarray | None,
         settings: Settings,
     ) -> tuple[PreparedDwi, str]:
         """Prepare up to the highest order asked for, or powder averages alone and why.
 
-        Models that fit powder averages must not suffer from a shell with few directions.
+        Models that fit powder averages must not suffer from directions too few for others.
         """
         problem = ""
         for l_max in dict.fromkeys((self.inputs.l_max, 0)):
             try:
-                prepared = prepare_dwi(runs, l_max, settings.b0_threshold, noise=noise)
-                return prepared, problem
+                result = prepare_dwi(
+                    runs,
+                    l_max,
+                    settings.b0_threshold,
+                    noise=noise,
+                    noise_model=settings.noise,
+                    gradient_tensor=tensor,
+                )
+                return result, problem
             except EngineError as error:
                 problem = problem or str(error)
         raise InputError(f"sub-{series.subject} {series.label}: {problem}")
+
+
+def save_dwi(result: PreparedDwi, cwd: Path) -> dict[str, Any]:
+    """Write what models are fitted to, and return where it is.
+
+    ``echo_decay`` is the same for models of the decay with echo time, or ``echo_decay_error`` says
+    why there is nothing for them.
+    """
+    prepared = _save_measurements(result, cwd, "")
+    try:
+        decay = result.with_echo_decay()
+    except EngineError as error:
+        return prepared | {"echo_decay_error": str(error)}
+    return prepared | {"echo_decay": _save_measurements(decay, cwd, "echo_decay_")}
+
+
+def _save_measurements(result: PreparedDwi, cwd: Path, prefix: str) -> dict[str, Any]:
+    saved: dict[str, Any] = {
+        "signals": _save(cwd / f"{prefix}signals.npy", result.signals),
+        "scheme": scheme_to_json(result.scheme),
+        "sigma": "",
+        "weights": np.asarray(result.weights).tolist(),
+    }
+    if result.sigma is not None and result.scale_sigma is not None:
+        saved["sigma"] = _save(cwd / f"{prefix}sigma.npy", result.sigma)
+        saved["scale_sigma"] = _save(cwd / f"{prefix}scale_sigma.npy", result.scale_sigma)
+        saved["scale_group"] = np.asarray(result.scale_group).tolist()
+    return saved
+
+
+def acquired(series: Series, settings: Settings) -> dict[str, Any]:
+    """The acquisitions that `PrepareSignals` will find, from names and text files alone.
+
+    Raises
+    ------
+    EngineError, InputError
+        They cannot be prepared.
+    """
+    if series.kind != "dwi":
+        return {"scheme": scheme_to_json(_gradient_echo_scheme(series))}
+    found = prepare_dwi(_dwi_volumes(series, None), 0, settings.b0_threshold)
+    schemes: dict[str, Any] = {"scheme": scheme_to_json(found.scheme)}
+    try:
+        decay = found.with_echo_decay()
+    except EngineError as error:
+        return schemes | {"echo_decay_error": str(error)}
+    return schemes | {"echo_decay": {"scheme": scheme_to_json(decay.scheme)}}
+
+
+def measurements_of(
+    name: str, settings: Settings, prepared: dict[str, Any]
+) -> tuple[dict[str, Any], Any, Any]:
+    """The measurements for a model, the acquisition it is made for, and the rows that it has.
+
+    Raises
+    ------
+    InputError
+        The acquisition has none for it.
+    """
+    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
+    model = get_model(name)
+    if model.wants_echo_decay(own):
+        if "echo_decay" not in prepared:
+            raise InputError(f"{name}: {prepared['echo_decay_error']}")
+        prepared = prepared["echo_decay"]
+    scheme = scheme_from_json(prepared["scheme"])
+    wanted = model.wanted(scheme, own)
+    if wanted is None:
+        return prepared, scheme, slice(None)
+    rows = np.flatnonzero(wanted)
+    return prepared, scheme.take(rows), rows
 
 
 def scheme_to_json(scheme: GradientEchoScheme | DiffusionScheme) -> dict[str, Any]:
@@ -134,7 +214,8 @@ def _gradient_echo_scheme(series: Series) -> GradientEchoScheme:
     return GradientEchoScheme(**given)
 
 
-def _dwi_volumes(series: Series, signals: np.ndarray) -> list[DwiVolumes]:
+def _dwi_volumes(series: Series, signals: np.ndarray | None) -> list[DwiVolumes]:
+    """The runs of a series, with the signals (volumes, voxels) of all or of no voxel."""
     runs, start = [], 0
     for run in series.dwi_runs:
         bval, bvec = read_gradients(run.bval, run.bvec)
@@ -142,8 +223,10 @@ def _dwi_volumes(series: Series, signals: np.ndarray) -> list[DwiVolumes]:
             name: _per_volume(getattr(run, name), len(bval))
             for name in ("big_delta", "small_delta", "echo_time")
         }
-        runs.append(DwiVolumes(signals[start : start + len(bval)], bval, bvec, **timing))
-        start += len(bval)
+        stop = start + len(bval)
+        own = np.empty((len(bval), 0), np.float32) if signals is None else signals[start:stop]
+        runs.append(DwiVolumes(own, bval, bvec, **timing))
+        start = stop
     return runs
 
 

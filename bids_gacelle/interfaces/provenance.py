@@ -163,7 +163,8 @@ def acquisition(series: Series, model: Any) -> list[dict[str, Any]]:
             found.append({"name": labels[key], "unit": unit, "values": values, "sources": origin})
     if columns["n_directions"] is not None:
         bvecs = [Path(run.bvec).name for run in series.dwi_runs]
-        counts = [int(n) for n in columns["n_directions"]]
+        # Where directions are weighted their effective number, which is no whole one.
+        counts = [int(n) if n == int(n) else round(float(n), 1) for n in columns["n_directions"]]
         found.append({"name": "directions", "unit": "1", "values": counts, "sources": bvecs})
     return found
 

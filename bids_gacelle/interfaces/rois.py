@@ -12,7 +12,7 @@ from nipype.interfaces.base import TraitedSpec, traits
 from bids_gacelle.bids import names
 from bids_gacelle.bids.dataset import bids_uri
 from bids_gacelle.bids.output import write_json, write_tsv
-from bids_gacelle.bids.series import Atlas, series_from_json
+from bids_gacelle.bids.series import Atlas, Series, series_from_json
 from bids_gacelle.bids.sidecar import TABLE_COLUMNS, table_sidecar
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step
@@ -21,7 +21,7 @@ from bids_gacelle.interfaces.fit import FittedInputSpec, build_model, load_fit
 from bids_gacelle.interfaces.provenance import fit_record
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes, same_grid
-from bids_gacelle.spatial.rois import integer_labels, read_lookup, roi_statistics
+from bids_gacelle.spatial.rois import integer_labels, read_lookup, roi_statistics, tissue_of
 
 NO_ESTIMATE = 4 | 8 | 32
 """Flags of voxels that do not count in a ROI."""
@@ -101,6 +101,36 @@ class RoiStatistics(Step):
             about = {"model": model.name, "param": key, "unit": parameter.unit}
             rows += [{**row, **about, "hemi": hemisphere(str(row["name"]))} for row in statistics]
         return rows
+
+
+def tissue_voxels(
+    series: Series, reference: Any, mask: np.ndarray
+) -> tuple[str, dict[str, np.ndarray]]:
+    """The voxels of white matter, grey matter and CSF, where a segmentation names them.
+
+    Returns
+    -------
+    str
+        Name of the segmentation: the first that names the most of the three; "" if none does.
+    dict
+        By tissue, (voxels of the mask,) bool; empty if no segmentation names any.
+    """
+    best: tuple[str, dict[str, np.ndarray]] = ("", {})
+    for atlas in series.atlases:
+        try:
+            labels = _labels(atlas, reference)
+            lookup = read_lookup(Path(atlas.table) if atlas.table else None, labels)
+        except InputError:  # said by `RoiStatistics`
+            continue
+        inside = labels[mask]
+        found = {
+            tissue: np.isin(inside, [i for i, name in lookup if tissue_of(name) == tissue])
+            for tissue in ("white matter", "grey matter", "CSF")
+        }
+        found = {tissue: voxels for tissue, voxels in found.items() if voxels.any()}
+        if len(found) > len(best[1]):
+            best = atlas.name, found
+    return best
 
 
 def scatter(values: np.ndarray, mask: np.ndarray, fill: Any) -> np.ndarray:

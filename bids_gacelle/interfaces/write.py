@@ -19,7 +19,9 @@ from bids_gacelle.interfaces import provenance
 from bids_gacelle.interfaces.base import Step
 from bids_gacelle.interfaces.collect import reference_image
 from bids_gacelle.interfaces.fit import FittedInputSpec, build_model, load_fit
-from bids_gacelle.interfaces.rois import scatter
+from bids_gacelle.interfaces.plots import ALL_VOXELS, decays, gradient_table, obtained_sd
+from bids_gacelle.interfaces.prepare import scheme_from_json
+from bids_gacelle.interfaces.rois import scatter, tissue_voxels
 from bids_gacelle.settings import Settings
 
 OUTSIDE = 1
@@ -180,7 +182,7 @@ class WriteManifest(Step):
     def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
         """Write the manifest, which so never promises what is not there, and report to the run."""
         series = series_from_json(self.inputs.series)
-        model, _ = build_model(self.inputs.model, settings, self.inputs.prepared)
+        model, data = build_model(self.inputs.model, settings, self.inputs.prepared)
         job = {
             "subject": series.subject,
             "session": series.session,
@@ -194,6 +196,7 @@ class WriteManifest(Step):
             **job,
             **self.inputs.written["manifest"],
             **self._describe(series, model),
+            **self._tissues(series, model, data),
             "outputs": outputs,
             "atlases": provenance.atlas_digests(series),
         }
@@ -203,6 +206,26 @@ class WriteManifest(Step):
         record = {**done, **job, **self.inputs.fitted["settings"]}
         write_json(Path(self.inputs.run["done"]) / f"{label}.json", record)
         return {"outputs": done["outputs"]}
+
+    def _tissues(self, series: Series, model: Any, data: np.ndarray) -> dict[str, Any]:
+        """The acquisition, and what was measured and fitted in each tissue, to be drawn."""
+        prepared, fit = self.inputs.prepared, load_fit(self.inputs.fitted)
+        mask = np.load(self.inputs.mask["file"])
+        name, tissues = tissue_voxels(series, reference_image(self.inputs.collected), mask)
+        everything = {ALL_VOXELS: np.ones(data.shape[1], bool)}
+        inputs = {k: np.load(v) for k, v in prepared["inputs"].items()}
+        found: dict[str, Any] = {
+            "decay": {
+                "segmentation": name,
+                "log": model.kind == "dwi",
+                "tissues": decays(model, data, inputs, fit, tissues or everything),
+            },
+            "obtained_sd": obtained_sd(model, fit, tissues | everything),
+        }
+        if "directions" in prepared:
+            scheme = scheme_from_json(prepared["scheme"])
+            found["gradients"] = gradient_table(scheme, prepared["directions"])
+        return found
 
     def _describe(self, series: Series, model: Any) -> dict[str, Any]:
         """The words of the manifest."""

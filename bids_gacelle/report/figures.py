@@ -438,7 +438,8 @@ BAR = "#4a7fa5"
 BEYOND = "#d1495b"
 
 
-def _plain_axes(figure: Figure, box: Sequence[float]) -> Any:
+def plain_axes(figure: Figure, box: Sequence[float]) -> Any:
+    """Add axes with a left and a lower line only; `box` is left, bottom, width, height."""
     axes = figure.add_axes(tuple(box))  # type: ignore[arg-type]
     axes.set_facecolor("white")
     for side in ("top", "right"):
@@ -470,7 +471,7 @@ def draw_histogram(
     span = window[1] - window[0]
     low, high = window[0] - 0.06 * span, window[1] + 0.06 * span
     figure = new_figure(width, height, density, "white")
-    axes = _plain_axes(figure, (52 / width, 38 / height, 1 - 66 / width, 1 - 76 / height))
+    axes = plain_axes(figure, (52 / width, 38 / height, 1 - 66 / width, 1 - 76 / height))
     edges = np.linspace(*window, 81)
     axes.axvspan(*window, color="#eef3f7", lw=0, zorder=0)
     axes.stairs(np.histogram(values, edges)[0], edges, fill=True, color=BAR, lw=0, zorder=2)
@@ -524,8 +525,8 @@ def draw_example(
     figure = new_figure(width, height, density, "white")
     left, across = 76 / width, 1 - 88 / width
     lower, split = 44 / height, 116 / height
-    residual_axes = _plain_axes(figure, (left, lower, across, split - lower))
-    axes = _plain_axes(figure, (left, split + 14 / height, across, 1 - split - 28 / height))
+    residual_axes = plain_axes(figure, (left, lower, across, split - lower))
+    axes = plain_axes(figure, (left, split + 14 / height, across, 1 - split - 28 / height))
     curves = {str(curve.get("group") or ""): curve for curve in example.get("curves") or []}
     for n, group in enumerate(groups):
         chosen = np.array([name == group for name in names])

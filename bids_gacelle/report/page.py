@@ -21,7 +21,7 @@ import jinja2
 import numpy as np
 
 from bids_gacelle import __version__
-from bids_gacelle.report import figures, geometry, tables, text
+from bids_gacelle.report import acquisition, figures, geometry, tables, text
 from bids_gacelle.report.figures import Drawing
 from bids_gacelle.report.geometry import View, Volume
 
@@ -373,7 +373,22 @@ class _Builder:
             # The page has its own, stronger words for raw diffusion images.
             "warnings": [w for w in warnings if not (raw_dwi and "without preprocessing" in w)],
             "unprocessed": raw_dwi,
+            "shells": self.shells(series, group),
         }
+
+    def shells(self, series: str, group: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """Draw the shells and directions of a series; None where there are none."""
+        found = next((m["gradients"] for m in group if m.get("gradients")), None)
+        if found is None:
+            return None
+        alt = (
+            f"Acquisition of {series}: b against diffusion time of {len(found)} shells, and the "
+            "directions of each on half a sphere"
+        )
+        return self.picture(
+            f"acquisition of {series}",
+            lambda: acquisition.draw_acquisition(found, density=self.density, alt=alt),
+        )
 
     def masks(self, fitted: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
         """Draw one outline per distinct mask and reference image of the session."""
@@ -430,10 +445,41 @@ class _Builder:
             "loaded": loaded,
             "parameters": parameters,
             "quality": quality,
+            "decay": self.decay(manifest, name),
+            "adequacy": self.adequacy(manifest, name),
             "counts": _counts(manifest),
             "facts": _facts(manifest.get("fit") or {}),
             "examples": [self.example(e, manifest, name) for e in manifest.get("examples") or []],
         }
+
+    def decay(self, manifest: dict[str, Any], name: str) -> dict[str, Any] | None:
+        """Draw signal and fit of whole tissues; None for fits that do not tell them."""
+        found = manifest.get("decay")
+        if not found:
+            return None
+        named = ", ".join(str(t.get("name")) for t in found.get("tissues") or [])
+        drawn = self.picture(
+            f"signal and fit of {name}",
+            lambda: acquisition.draw_decays(
+                found.get("tissues") or [],
+                manifest.get("plot") or {},
+                density=self.density,
+                log=bool(found.get("log")),
+                alt=f"Median signal with quartiles and median fit of {name} in {named}",
+            ),
+        )
+        return {**found, "figure": drawn}
+
+    def adequacy(self, manifest: dict[str, Any], name: str) -> dict[str, Any] | None:
+        """Tabulate what the protocol was expected to tell, and what it told."""
+        found = (manifest.get("fit") or {}).get("adequacy")
+        if not found:
+            return None
+        rows = self.attempt(
+            f"expected standard deviations of {name}",
+            lambda: tables.adequacy_rows(found["expected"], manifest.get("obtained_sd") or {}),
+        )
+        return {"snr": None, "assumed": False, "sentences": []} | found | {"rows": rows}
 
     def _grid(self, manifest: dict[str, Any]) -> _Grid:
         mask = self.load((manifest.get("mask") or {}).get("file"), "mask")

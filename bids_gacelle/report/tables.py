@@ -114,6 +114,57 @@ def _grouped(values: list[float]) -> list[tuple[float, str]]:
     return [named[v] for v in values]
 
 
+def adequacy_rows(
+    expected: list[dict[str, Any]], obtained: dict[str, dict[str, list[float]]]
+) -> list[dict[str, Any]]:
+    """Put the standard deviations that were expected beside those of the maps.
+
+    Parameters
+    ----------
+    expected
+        The ``expected`` of the fit's ``adequacy``: tissue, parameter, unit, value, sd,
+        posterior_sd, verdict.
+    obtained
+        The manifest's ``obtained_sd``: by tissue and quantity, the median standard deviation and
+        the share of voxels that have one; ``all voxels`` stands in for a tissue that is not there.
+
+    Returns
+    -------
+    One row per tissue and quantity, with ``state``, how the verdict is shown, and ``span``, the
+    number of rows of the tissue that begins here (0: it began before).
+    """
+    states = {"estimable": "ok", "poorly estimable voxel by voxel": "incomplete", "": ""}
+    rows = []
+    for n, row in enumerate(expected):
+        tissue, name = str(row["tissue"]), str(row["parameter"])
+        where = tissue if tissue in obtained else "all voxels"
+        median, share = obtained.get(where, {}).get(name, (None, None))
+        verdict = str(row.get("verdict") or "")
+        rows.append(
+            {
+                "tissue": tissue,
+                "span": _span(expected, n),
+                "parameter": name,
+                "unit": text.unit(str(row.get("unit", ""))),
+                "value": text.number(row.get("value"), 3),
+                "sd": text.number(row.get("sd"), 2),
+                "posterior_sd": text.number(row.get("posterior_sd"), 2),
+                "obtained": text.number(median, 2),
+                "where": where,
+                "share": share,
+                "verdict": verdict.removesuffix(" by this protocol"),
+                "state": states.get(verdict, "failed"),
+            }
+        )
+    return rows
+
+
+def _span(expected: list[dict[str, Any]], n: int) -> int:
+    """Return the number of rows of the tissue that begins in a row, 0 if it began before."""
+    tissues = [row["tissue"] for row in expected]
+    return 0 if n and tissues[n - 1] == tissues[n] else tissues.count(tissues[n])
+
+
 def read_rois(path: Path) -> list[dict[str, str]]:
     """Read the rows of a scalarstats table.
 

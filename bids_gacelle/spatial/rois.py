@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,22 @@ def integer_labels(data: np.ndarray, source: Path | str) -> np.ndarray:
             "not a probability map."
         )
     return data.astype(np.int64)
+
+
+def tissue_of(name: str) -> str:
+    """``white matter``, ``grey matter`` or ``CSF`` from the name of a region; "" for any other.
+
+    Knows BIDS labels (``WM``), names of FreeSurfer (``Left-Cerebral-White-Matter``,
+    ``ctx-lh-insula``) and plain words; nuclei are no class of their own.
+    """
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    if words & {"hypointensities", "hyperintensities", "lesion"}:
+        return ""
+    if words & {"wm"} or words >= {"white", "matter"}:
+        return "white matter"
+    if words & {"gm", "ctx", "cortex"} or (words & {"grey", "gray"} and "matter" in words):
+        return "grey matter"
+    return "CSF" if words & {"csf", "cerebrospinal", "ventricle"} else ""
 
 
 def _by_label(labels: np.ndarray, wanted: list[int]) -> dict[int, np.ndarray]:

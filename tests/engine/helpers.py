@@ -88,6 +88,7 @@ ALL_MODELS = [
     ("sandi", {"limit": "neuman"}),
     ("meaxcalibersmt", {}),
     ("meaxcalibersmt", {"fit_r2a": True, "fit_k2a": True}),
+    ("meaxcalibersmt", {"limit": "neuman", "r2csf": 0.0}),
     ("axonalt2", {}),
     ("axonalt2", {"fit_r2a": True, "fit_k2a": True}),
     ("mcmicro", {"relaxation": True}),
@@ -104,7 +105,32 @@ def draw(model, n, seed, *, within="start"):
         if within == "bounds":
             unit = np.clip(1.3 * unit - 0.15, 0, 1)
         params[p.name] = torch.tensor(low + (high - low) * unit)
+        if within == "bounds" and p.coordinate == "log":
+            params[p.name] = torch.tensor(low * (high / low) ** unit).clamp(low, high)
     return params
+
+
+def everywhere(model, n, seed):
+    """Draw points: half from the start boxes, half from the bounds with exact edges among them.
+
+    A quarter has sticks that diffuse along the gradient as their surroundings do, at a node.
+    """
+    typical, others = draw(model, n // 2, seed), draw(model, n - n // 2, seed + 1, within="bounds")
+    params = {name: torch.cat((typical[name], others[name])) for name in typical}
+    if {"dn", "de"} <= params.keys():
+        squares = model._rules[torch.float64][0] if hasattr(model, "_rules") else [1.0]
+        cosine2 = torch.tensor(np.random.default_rng(seed + 2).choice(squares, n))[::4]
+        de = (params["dn"][::4] * cosine2).clamp_min(0.1)
+        params["de"][::4], params["dn"][::4] = de, (de / cosine2).clamp_max(3.5)
+    return params
+
+
+def differences(model, params, inputs, name):
+    """Return the derivative by a parameter to fourth order in the step, and the step."""
+    value = params[name]
+    step = 3e-4 * torch.where(value > 0.01, value, 1.0)
+    signal = [model.signal(params | {name: value + k * step}, inputs) for k in (-2, -1, 1, 2)]
+    return (8 * (signal[2] - signal[1]) - (signal[3] - signal[0])) / (12 * step), step
 
 
 def draw_inputs(model, n, seed):

@@ -75,3 +75,19 @@ def test_compiled_equals_eager(data, monkeypatch):
         distance = np.abs(compiled.maps[name] - eager.maps[name]) / eager.std[name]
         assert distance.max() < 0.02
     np.testing.assert_array_equal(compiled.flags, eager.flags)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_model_object_keeps_what_was_compiled_for_it(monkeypatch):
+    monkeypatch.setenv(COMPILE_VARIABLE, "always")
+    model = make_model("mcmicro")
+    data = noisy(model, draw(model, 300, 41), 0.01, 42)
+    first = fit(model, data, sigma=0.01)
+    kept = dict(model.compiled)
+    assert {key[0] for key in kept} == {"starts", "step", "moments"}
+    again = fit(model, data[:, :200], sigma=0.01)
+    assert dict(model.compiled) == kept
+    np.testing.assert_array_equal(again.maps["fn"], first.maps["fn"][:200])
+    fit(model, data, sigma=0.01, options={"ftol": 1e-3})  # another step, all else as before
+    assert sorted(key[0] for key in model.compiled) == ["moments", "starts", "step", "step"]

@@ -382,3 +382,27 @@ def test_reduced_chi_square_tells_whether_the_noise_level_describes_the_residual
     rows = np.full(data.shape, 0.02)
     np.testing.assert_allclose(fit(model, data, sigma=rows).chi2, right / 4, rtol=1e-3)
     assert fit(model, data).chi2 is None
+
+
+@pytest.mark.parametrize("route", ["sigma", "weights"])
+def test_a_measurement_left_out_counts_nowhere(route):
+    """Against the fit of an acquisition without it: maps, noise level, NRMSE, chi-square."""
+    time, left = np.arange(1, 9) * 0.2, np.array([2, 5])
+    data = (0.7 + np.log(1.8) * time)[:, None] + 0.05 * np.random.default_rng(1).normal(
+        size=(8, 30)
+    )
+    kept = np.delete(np.arange(8), left)
+    told = {"precision": "float64", "prior": {"offset": (0.5, 1.0)}}
+    spoilt, weights, sigma = data.copy(), np.ones(8), np.full(data.shape, 0.05)
+    spoilt[left], weights[left], sigma[left] = 40.0, 0, np.inf
+    if route == "sigma":
+        result = fit(Line.of(time), spoilt, sigma=sigma, **told)
+        expected = fit(Line.of(time[kept]), data[kept], sigma=0.05, **told)
+        np.testing.assert_allclose(result.chi2, expected.chi2, rtol=1e-5)
+    else:
+        result = fit(Line.of(time), spoilt, weights=weights, **told)
+        expected = fit(Line.of(time[kept]), data[kept], **told)
+    for name in expected.maps:
+        np.testing.assert_allclose(result.maps[name], expected.maps[name], rtol=1e-5)
+        np.testing.assert_allclose(result.std[name], expected.std[name], rtol=1e-5)
+    np.testing.assert_allclose(result.nrmse, expected.nrmse, rtol=1e-5)

@@ -78,12 +78,26 @@ def test_exchange_equals_the_matrix_exponential():
         assert signal[i] == pytest.approx(exact, abs=1e-10)
 
 
-def test_exchange_derivatives_agree_with_forward_mode_across_the_series_switch():
+def gaps():
+    """Gaps of the eigenvalues from 1e-4 to 10, so that both branches are met."""
     rng = np.random.default_rng(2)
-    # Gaps of the eigenvalues from 1e-4 to 10, so that both branches are met.
     size = 10 ** rng.uniform(-4, 1, 400)
-    values = [rng.random(400), size * rng.random(400), size * rng.random(400), size]
-    f, d1, d2, rate = (torch.tensor(v) for v in values)
+    return rng.random(400), size * rng.random(400), size * rng.random(400), size
+
+
+def no_gap():
+    """Eigenvalues that are the same or nearly so, for f = 1 and f = 0."""
+    apart = np.array([0, 1e-9, -1e-8, 1e-6, -1e-4, 1e-2])
+    rate, rest = np.repeat([1 / 16, 1.0, 4.0], 6), np.tile([0.0, 0.5], 9)
+    f = np.repeat([1.0, 0.0], 18)
+    more, less = np.tile(rest + rate + np.tile(apart, 3), 2), np.tile(rest, 2)
+    return f, np.where(f == 1, more, less), np.where(f == 1, less, more), np.tile(rate, 2)
+
+
+@pytest.mark.parametrize("values", [gaps(), no_gap()])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-10), (torch.float32, 3e-6)])
+def test_exchange_derivatives_agree_with_forward_mode(values, dtype, error):
+    f, d1, d2, rate = (torch.tensor(v, dtype=dtype) for v in values)
     parts = karger_derivatives(f, d1, d2, rate)
     torch.testing.assert_close(parts.signal, karger(f, d1, d2, rate), rtol=0, atol=0)
     one, zero = torch.ones_like(f), torch.zeros_like(f)
@@ -95,7 +109,7 @@ def test_exchange_derivatives_agree_with_forward_mode_across_the_series_switch()
     for i, found in enumerate(parts[1:]):
         tangents = tuple(one if i == j else zero for j in range(4))
         exact = directional(of_values, (f, d1, d2, log_time), tangents)[1]
-        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(found, exact, rtol=error, atol=error)
 
 
 def test_exchange_in_single_precision_keeps_six_digits():

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import eval_legendre
 
-from bids_gacelle.engine import EngineError, prepare
-from bids_gacelle.engine.prepare import DwiVolumes, prepare_dwi, real_sh, sh_fit_matrix
+from bids_gacelle.engine import EngineError, fit, get_model
+from bids_gacelle.engine.prepare import DwiVolumes, measure, prepare_dwi, real_sh, sh_fit_matrix
 
 from .helpers import even_directions
 
@@ -96,6 +97,18 @@ def test_powder_averages_of_a_brain(shared):
         assert prepared.usable.mean() > 0.99
 
 
+@pytest.mark.parametrize("name", ["b2k", "b6k"])
+@pytest.mark.parametrize("noise_model", ["gaussian", "rician"])
+def test_negative_samples_do_not_spoil_voxels_of_a_brain(shared, name, noise_model):
+    """Interpolation left some; what counts is the average."""
+    run = _load_run(shared / "data" / "dwi_brain_mdt", name)
+    negative = (run.signal < 0).any(axis=0)
+    assert negative.mean() > 0.04
+    prepared = prepare_dwi([run], noise_model=noise_model)
+    assert prepared.usable.mean() > 0.99
+    assert prepared.usable[negative].mean() > 0.93  # most others have b=0 at the noise floor
+
+
 def test_two_runs_are_joined_each_by_its_own_b0():
     g = even_directions(30)
     first = volumes([(1000, g), (2000, g)], scale=100, voxels=4)
@@ -119,6 +132,55 @@ def test_two_runs_are_joined_each_by_its_own_b0():
     np.testing.assert_array_equal(prepared.scale_group, [0, 0, 1])
     # timing that only one run states is no timing of the scheme
     assert prepare_dwi([first, timed[1]]).scheme.big_delta is None
+
+
+def test_jittered_b_values_are_one_shell():
+    g = even_directions(30)
+    run = volumes([(1000, g), (2500, g)])
+    jitter = np.where(run.bval > 0, np.resize([-5, 0, 5, 5, -5], len(run.bval)), 0)
+    jittered = _change(run, bval=run.bval + jitter)
+    prepared = prepare_dwi([jittered])
+    np.testing.assert_allclose(prepared.scheme.b, [1.0, 2.5], atol=2e-3)
+    np.testing.assert_array_equal(prepared.scheme.n_directions, 30)
+    np.testing.assert_array_equal(prepared.signals, prepare_dwi([run]).signals)
+
+
+def test_b_of_5_is_b0():
+    run = volumes([(1000, even_directions(30))], n_b0=4)
+    run.signal[2:4] *= 3
+    low = _change(run, bval=np.where(np.arange(34) < 4, [0, 5, 5, 0] + [0] * 30, run.bval))
+    prepared = prepare_dwi([low])
+    np.testing.assert_allclose(prepared.scheme.b, [1.0])
+    np.testing.assert_allclose(prepared.b0, 200)  # the mean of all four
+    np.testing.assert_array_equal(prepared.b0_groups.count, [4])
+
+
+def test_runs_of_different_echo_time_have_their_own_b0():
+    """Each run halves its own b=0 signal, whatever that of the other is."""
+    g = even_directions(20)
+    runs = []
+    for te, level in ((0.06, 300.0), (0.09, 120.0)):
+        run = volumes([(1000, g)])
+        signal = np.where(run.bval[:, None] > 0, level / 2, level).astype(np.float32)
+        runs.append(_change(run, signal=signal, echo_time=np.full(26, te)))
+    prepared = prepare_dwi(runs)
+    np.testing.assert_allclose(prepared.signals[:, 0], [0.5, 0.5])
+    np.testing.assert_allclose(prepared.scheme.echo_time, [0.06, 0.09])
+    np.testing.assert_allclose(prepared.b0_groups.signal[:, 0], [300, 120])
+    np.testing.assert_allclose(prepared.b0_groups.echo_time, [0.06, 0.09])
+
+
+def test_unknown_diffusion_times_hinder_only_models_that_need_them():
+    truth = {"fn": 0.5, "d": 1.9}
+    scheme = prepare_dwi([volumes([(b, even_directions(30)) for b in (700, 1500, 3000)])]).scheme
+    assert scheme.big_delta is None
+    assert scheme.small_delta is None
+    model = get_model("mcmicro")(scheme)
+    data = model.signal({k: torch.full((2,), v).double() for k, v in truth.items()}).numpy()
+    for name, value in truth.items():
+        np.testing.assert_allclose(fit(model, data).maps[name], value, rtol=1e-3)
+    with pytest.raises(EngineError, match="nexi needs big_delta"):
+        get_model("nexi")(scheme)
 
 
 def test_shells_by_tolerance():
@@ -291,7 +353,7 @@ def test_usable_is_judged_on_averages():
 def test_blocks_and_neighbours_do_not_matter(monkeypatch):
     run = volumes([(1000, even_directions(30))], noise=0.05, voxels=50)
     whole = prepare_dwi([run], l_max=2)
-    monkeypatch.setattr(prepare, "_BLOCK_ELEMENTS", 7 * run.signal.shape[0])
+    monkeypatch.setattr(measure, "_BLOCK_ELEMENTS", 7 * run.signal.shape[0])
     parts = prepare_dwi([run], l_max=2)
     np.testing.assert_allclose(parts.signals, whole.signals, rtol=1e-6)
     np.testing.assert_allclose(parts.sigma, whole.sigma, rtol=1e-6)
@@ -334,15 +396,58 @@ def test_the_threshold_is_the_highest_b_that_is_b0():
             prepare_dwi([run], b0_threshold=threshold)
 
 
-def test_too_few_directions_for_l2_name_the_shell():
-    run = volumes([(1000, even_directions(30)), (2200, even_directions(5))])
-    assert prepare_dwi([run]).signals.shape == (2, 1)
-    with pytest.raises(EngineError, match=r"b = 2200 .*l = 2"):
-        prepare_dwi([run], l_max=2)
-    # many volumes, but all in one plane
+def test_invariants_are_left_out_where_directions_do_not_determine_them():
+    """A shell of 5 directions, and one whose many directions are all in one plane."""
     ring = np.stack([np.cos(np.arange(20)), np.sin(np.arange(20)), np.zeros(20)], axis=1)
+    shells = [(700, even_directions(5)), (1500, ring), (2000, even_directions(30))]
+    run = volumes(shells, noise=0.02, voxels=4)
+    alone = prepare_dwi([volumes(shells, noise=0.02, voxels=4)])
+    assert not any("left out" in w for w in alone.warnings)
+    np.testing.assert_array_equal(alone.weights, 1)
+    prepared = prepare_dwi([run], l_max=2)
+    np.testing.assert_array_equal(prepared.signals[:3], alone.signals)
+    np.testing.assert_array_equal(prepared.weights, [1, 1, 1, 0, 0, 1])
+    assert np.isinf(prepared.sigma[3:5]).all()
+    assert np.isfinite(prepared.sigma[[0, 1, 2, 5]]).all()
+    assert np.isfinite(prepared.signals).all()
+    [note] = [w for w in prepared.warnings if "left out" in w]
+    assert "S_2" in note
+    assert "b = 700 s/mm^2: 5; b = 1500 s/mm^2: 20" in note
+    # of higher orders what the directions do determine stays
+    higher = prepare_dwi([run], l_max=4)
+    np.testing.assert_array_equal(higher.weights, [1, 1, 1, 0, 0, 1, 0, 0, 1])
+    twelve = prepare_dwi([volumes([*shells, (3000, even_directions(12))])], l_max=4)
+    np.testing.assert_array_equal(twelve.weights, [1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 0])
+
+
+def test_an_order_that_no_shell_determines_is_refused():
+    run = volumes([(1000, even_directions(5)), (2200, even_directions(12))])
+    with pytest.raises(EngineError, match=r"l = 4 .*15 well.*b = 2200 .*has 12\); use l_max 2"):
+        prepare_dwi([run], l_max=4)
     with pytest.raises(EngineError, match="do not determine"):
-        prepare_dwi([volumes([(1000, ring)])], l_max=2)
+        prepare_dwi([run], powder="sh")
+    with pytest.raises(EngineError, match="noise model is 'poisson'"):
+        prepare_dwi([run], noise_model="poisson")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_fit_ignores_what_is_left_out(known):
+    """NEXI with S_2 of two of three shells, against the fit that has just those."""
+    truth = {"fn": 0.5, "dn": 2.2, "de": 0.9, "tex": 25.0, "p2": 0.6}
+    g, few = even_directions(30), even_directions(4)
+    shells = [(1000, g), (2000, few), (3000, g), (5000, g), (7000, g)]
+    run = volumes(shells, voxels=3, n_b0=10 if known else 1)
+    run = _change(run, big_delta=np.full(len(run.bval), 20.0))
+    prepared = prepare_dwi([run], l_max=2)
+    assert prepared.weights[6] == 0
+    model = get_model("nexi")(prepared.scheme, l_max=2)
+    clean = model.signal({k: torch.full((3,), v).double() for k, v in truth.items()}).numpy()
+    clean[6] = 0.0
+    sigma = np.where(np.isinf(prepared.sigma), np.inf, 1e-3)
+    noise = {"sigma": sigma} if known else {"weights": prepared.weights}
+    result = fit(model, clean, **noise)
+    for name, value in truth.items():
+        np.testing.assert_allclose(result.maps[name], value, rtol=1e-3)
 
 
 def test_direction_length_is_normalised_with_a_warning():

@@ -72,6 +72,7 @@ def test_an_interrupted_fit_stays_interrupted(monkeypatch):
     monkeypatch.setattr(module, "series_from_json", lambda series: series)
     monkeypatch.setattr(module, "build_model", lambda *_: (None, np.ones((2, 20))))
     monkeypatch.setattr(module, "_fit_call", lambda *_: interrupted)
+    monkeypatch.setattr(module, "protocol_adequacy", lambda *_: {"sentences": []})
 
     class Inputs:
         model, prepared, use_gpu = "r2star", {}, False
@@ -111,6 +112,7 @@ def prepared(tmp_path):
 )
 def test_a_model_gets_the_shells_it_wants(monkeypatch, prepared, name, options, rows):
     settings = Settings(Path(), Path(), model_options={name: options})
+    prepared = {**prepared, "echo_decay": prepared}
     model, data = module.build_model(name, settings, prepared)
     assert model.scheme.b.tolist() == [[0.7, 5, 6, 0.7, 5, 6][i] for i in rows]
     np.testing.assert_allclose(data[:, 0], 0.3 - 0.01 * np.array(rows))

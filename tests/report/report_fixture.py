@@ -396,6 +396,66 @@ def _examples(spec: Spec, head: Head, values: dict[str, np.ndarray]) -> list[dic
     return examples
 
 
+def _tissues(spec: Spec, head: Head) -> dict[str, Any]:
+    """What the manifest of a diffusion model says of its acquisition and of tissues."""
+    x = np.array(spec.x, float)
+    shells = []
+    for n, (b, group) in enumerate(zip(spec.x, spec.groups, strict=True)):
+        vectors = head.rng.normal(size=(32 if n else 6, 3))
+        vectors /= np.linalg.norm(vectors, axis=1)[:, None]
+        delta = float(group.split()[1])
+        shell = {"b": b, "big_delta": delta, "group": group, "directions": vectors.tolist()}
+        shells.append(shell | {"unevenness": 0.02 if n else 0.31})
+    tissues = []
+    for name, strength in (("white matter", 0.8), ("grey matter", 1.2), ("CSF", 4.0)):
+        fitted = _signal(spec.model, x, strength)
+        fine = np.linspace(0.1, 1.05 * x.max(), 50)
+        curves = [
+            {"group": g, "x": fine.tolist(), "y": _signal(spec.model, fine, strength).tolist()}
+            for g in dict.fromkeys(spec.groups)
+        ]
+        tissues.append(
+            {
+                "name": name,
+                "n_voxels": 5000,
+                "n_shown": 1000,
+                "median": (fitted + 0.004 * head.rng.standard_normal(x.size)).tolist(),
+                "q25": (0.85 * fitted).tolist(),
+                "q75": (1.15 * fitted).tolist(),
+                "fit": fitted.tolist(),
+                "curves": curves,
+            }
+        )
+    return {
+        "gradients": shells,
+        "decay": {"segmentation": "tissues", "log": True, "tissues": tissues},
+        "obtained_sd": {
+            "white matter": {name: [0.123, 0.5] for name, *_ in spec.maps},
+            "all voxels": {name: [0.456, 1.0] for name, *_ in spec.maps},
+        },
+    }
+
+
+def _adequacy(spec: Spec) -> dict[str, Any]:
+    verdicts = ("estimable", "poorly estimable voxel by voxel", "not estimable voxel by voxel")
+    expected = [
+        {
+            "tissue": tissue,
+            "parameter": name,
+            "unit": unit,
+            "value": 0.5,
+            "sd": 0.0789 if n < 2 else None,
+            "posterior_sd": None,
+            "share": 0.3,
+            "verdict": verdicts[n % 3],
+        }
+        for tissue in ("white matter", "grey matter")
+        for n, (name, _, unit, *_) in enumerate(spec.maps)
+    ]
+    sentence = f"{spec.model}: tex: expected SD 18 ms in grey matter at SNR 50: not estimable."
+    return {"snr": 50.0, "assumed": False, "sentences": [sentence], "expected": expected}
+
+
 def _rows(spec: Spec, head: Head, values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     rows = []
     for index, name, hemi in ROIS:
@@ -581,6 +641,9 @@ def write_model(
         },
         "preprocessed": spec.preprocessed,
     }
+    if spec.series.startswith("dwi"):
+        manifest |= _tissues(spec, head)
+        manifest["fit"]["adequacy"] = _adequacy(spec)
     path = out / folder / "figures" / f"{prefix}_desc-{spec.model}_manifest.json"
     path.write_text(json.dumps(manifest), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -120,9 +120,10 @@ def test_page_is_self_contained_and_small(dataset, tree):
 
 def test_every_picture_is_a_palette_png_of_the_stated_proportions(tree):
     images = pictures(tree)
-    # Four fits: mask, 4 per map, NRMSE with histogram, flags, three voxels.
+    # Four fits: mask, 4 per map, NRMSE with histogram, flags, three voxels; of the diffusion one
+    # also the acquisition and the signals of tissues.
     maps = sum(len(fixture.SPECS[m].maps) for m in ("r2star", "despot1", "nexi", "r2star"))
-    assert len(images) == 4 * (1 + 2 + 1 + 3) + 4 * maps
+    assert len(images) == 4 * (1 + 2 + 1 + 3) + 4 * maps + 2
     for element in images:
         png = base64.b64decode(element.get("src").split(",", 1)[1], validate=True)
         image = Image.open(io.BytesIO(png))
@@ -231,6 +232,39 @@ def test_broken_images_are_named_and_the_rest_is_drawn(broken):
     assert "1 data points" in content
     assert "2 dimensions" in content
     assert len(pictures(tree)) == WHOLE - 2 - 2 - 1 - 1
+
+
+def test_protocol_and_tissues_of_a_diffusion_fit_are_shown(tree):
+    content = words(tree)
+    assert "nexi: tex: expected SD 18 ms in grey matter at SNR 50: not estimable." in content
+    assert "Cramér-Rao bound) at the measured SNR of 50" in content
+    assert "Tissues from the segmentation tissues" in content
+    [table] = [t for t in tree.iter("table") if any(c.text == "Expected SD" for c in t.iter("th"))]
+    heads = [e.text for e in table.find("thead").iter("th")]
+    rows = [["".join(c.itertext()).strip() for c in r] for r in table.find("tbody").iter("tr")]
+    names = [name for name, *_ in fixture.NEXI.maps]
+    assert len(rows) == 2 * len(names)
+    assert rows[0][:2] == ["white matter", names[0]]
+    assert len(rows[0]) == len(heads) == len(rows[1]) + 1  # one cell stands for the tissue
+    assert rows[0][heads.index("Expected SD")] == "0.079"
+    assert rows[0][heads.index("Median SD of the map")].startswith("0.12 in 50")
+    grey = rows[len(names)]
+    assert grey[heads.index("Median SD of the map")] == "0.46, all voxels"
+    assert rows[1][heads.index("Verdict") - 1] == "poorly estimable voxel by voxel"
+    assert rows[2][heads.index("Expected SD") - 1] == "n/a"
+
+
+def test_broken_tissues_are_named_and_the_rest_is_drawn(broken):
+    _, manifest, build = broken
+    tree = build(
+        gradients=[{"b": 1.0}],
+        decay={"tissues": [{"name": "CSF"}]},
+        fit=manifest["fit"] | {"adequacy": {"expected": [{}]}},
+    )
+    content = words(tree)
+    for what in ("acquisition of", "signal and fit of", "expected standard deviations of"):
+        assert f"Could not be drawn: {what}" in content
+    assert len(pictures(tree)) > 5
 
 
 def test_absent_parts_of_a_manifest_are_named(broken):

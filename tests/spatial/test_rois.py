@@ -6,7 +6,7 @@ import pytest
 from scipy import ndimage
 
 from bids_gacelle.errors import InputError
-from bids_gacelle.spatial.rois import integer_labels, read_lookup, roi_statistics
+from bids_gacelle.spatial.rois import integer_labels, read_lookup, roi_statistics, tissue_of
 
 SHAPE = (7, 8, 9)
 LABELS = (1, 2, 5, 40, 1000)
@@ -196,3 +196,27 @@ def test_labels_stored_as_floats_are_integers_or_refused():
     for bad in (0.5, np.nan):
         with pytest.raises(InputError, match=r"dseg\.nii\.gz has 1 voxels that are not whole"):
             integer_labels(np.array([[[1.0, bad]]]), "dseg.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("name", "tissue"),
+    [
+        ("WM", "white matter"),
+        ("Left-Cerebral-White-Matter", "white matter"),
+        ("White matter", "white matter"),
+        ("wm-lh-insula", "white matter"),
+        ("WM-hypointensities", ""),
+        ("GM", "grey matter"),
+        ("Gray matter", "grey matter"),
+        ("ctx-rh-precuneus", "grey matter"),
+        ("Cerebral cortex", "grey matter"),
+        ("Right-Lateral-Ventricle", "CSF"),
+        ("Cerebrospinal fluid", "CSF"),
+        ("Left-Putamen", ""),
+        ("label-2", ""),
+        ("Cortical spinal tract", ""),
+        ("Whiteboard", ""),
+    ],
+)
+def test_names_of_regions_tell_the_tissue(name, tissue):
+    assert tissue_of(name) == tissue

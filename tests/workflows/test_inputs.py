@@ -164,6 +164,39 @@ def test_resume_notices_another_noise_map(study, tmp_path):
     assert hashes[1] == hashes[2]
 
 
+# ---------------------------------------------------------------------------- gradients
+
+
+def test_gradient_deviations_scale_the_b_values_of_each_voxel(study, tmp_path):
+    """The signal depends on b times diffusivity: the more b, the lower the diffusivity."""
+    strength = 1 + np.linspace(-0.1, 0.1, SHAPE[0])[:, None, None] * np.ones(SHAPE)
+    deviation = np.zeros((*SHAPE, 9))
+    deviation[..., [0, 4, 8]] = (strength - 1)[..., None]
+    target = hcp_tree(study, "100307/T1w/Diffusion")
+    assert run(tmp_path / "tree", tmp_path / "plain", "--input-type", "hcpya") == 0
+    write_image(target / "grad_dev.nii.gz", deviation)
+    out = tmp_path / "out"
+    assert run(tmp_path / "tree", out, "--input-type", "hcpya") == 0
+    name = MAP.format("100307", "_space-ACPC", "")
+    nominal, corrected = load(tmp_path / "plain", name), load(out, name)
+    np.testing.assert_allclose(corrected * strength[INSIDE] ** 2, nominal, rtol=2e-3)
+    record = manifest(out)
+    assert "corrected for gradient nonlinearity" in record["methods"]
+    assert "gradient deviations" in [i["role"] for i in record["inputs"]]
+    # the same as an option on BIDS data
+    path, given = target / "grad_dev.nii.gz", tmp_path / "given"
+    assert run(study, given, *masked(study), "--gradient-deviation", path) == 0
+    np.testing.assert_array_equal(load(given, MAP.format("01", "", "")), corrected)
+    assert run(tmp_path / "tree", out, "--input-type", "hcpya", "--ignore", "graddev") == 0
+    np.testing.assert_array_equal(load(out, name), nominal)
+
+
+def test_gradient_deviations_in_percent(study, tmp_path, capfd):
+    path = write_image(tmp_path / "grad_dev.nii.gz", np.full((*SHAPE, 9), 3.0))
+    assert run(study, tmp_path / "out", "--gradient-deviation", path) == 1
+    assert "If they are percent, divide them by 100" in capfd.readouterr().err
+
+
 # ------------------------------------------------------------------------------ schemes
 
 

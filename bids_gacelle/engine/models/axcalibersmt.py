@@ -104,6 +104,10 @@ class AxCaliberSmt(DiffusionModel):
     choices = {"limit": ("vangelderen", "neuman")}  # noqa: RUF012
     starts = 2
     linear: tuple[str, ...] = ("fn", "fcsf")
+    # Fan et al. 2020, at 300 mT/m: indices of 3 to 5 um in large tracts.
+    tissues = {  # noqa: RUF012
+        "white matter": {"diameter": 4.0, "fn": 0.5, "fcsf": 0.05, "deperp": 0.6},
+    }
     parameters: tuple[Parameter, ...] = axcaliber_parameters(1.7)
     derived = (
         Parameter("radius", "um", "Axon radius", window=(0.0, 5.0)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
@@ -129,6 +129,9 @@ class SignalModel(ABC):
         Number of starts the fit uses unless told otherwise.
     compile_from
         Voxels times starts from which compiling the fit pays for its 20 to 60 s.
+    tissues
+        Parameters of typical tissues, by name, for the standard deviations to expect of a
+        protocol; none: the middle of the start boxes.
     linear
         Names of the parameters that `unmix` gives: the signal is, given the others, a mixture of
         known signals. None of them, nor another parameter, may be an amplitude then.
@@ -155,6 +158,7 @@ class SignalModel(ABC):
     starts: ClassVar[int] = 1
     compile_from: ClassVar[int] = 300_000
     has_closed_form: ClassVar[bool] = False
+    tissues: ClassVar[dict[str, dict[str, float]]] = {}
     linear: tuple[str, ...] = ()
     parameters: tuple[Parameter, ...]
     derived: tuple[Parameter, ...] = ()
@@ -182,7 +186,13 @@ class SignalModel(ABC):
                 f"(echoes, flip angles or shells), got {len(scheme)}."
             )
         self.scheme = scheme
+        self.chosen = {**self.options, **options}
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.compiled: dict[Hashable, Any] = {}  # what kernels keep for further fits
+
+    def like(self, scheme: Scheme) -> SignalModel:
+        """Return this model, with the options it was made with, for another acquisition."""
+        return type(self)(scheme, **self.chosen)
 
     @classmethod
     def check_options(cls, options: Mapping[str, object]) -> None:

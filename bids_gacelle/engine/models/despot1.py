@@ -45,6 +45,12 @@ class Despot1(SignalModel):
     voxel_inputs = ("b1",)
     input_defaults = {"b1": 1.0}  # noqa: RUF012
     scheme: GradientEchoScheme
+    # At 3 T: Wansapura et al. 1999,
+    # doi:10.1002/(SICI)1522-2586(199904)9:4<531::AID-JMRI4>3.0.CO;2-L.
+    tissues = {  # noqa: RUF012
+        "grey matter": {"R1": 0.75},
+        "white matter": {"R1": 1.2},
+    }
     parameters = (
         Parameter(
             "M0",

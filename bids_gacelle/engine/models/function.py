@@ -52,7 +52,6 @@ class FunctionModel(SignalModel):
 
     def __init__(self, scheme: Scheme, **options: Any) -> None:
         super().__init__(scheme, **options)
-        self._options = {**self.options, **options}
         self._given = {name: column is not None for name, column in scheme.columns().items()}
         self._touched: list[str] | None = []
         check_signal(self)
@@ -70,7 +69,7 @@ class FunctionModel(SignalModel):
         arguments: list[Any] = [dict(params), Acquisition(columns, self._touched)]
         if self.voxel_inputs:
             arguments.append({k: self.voxel_input(k, inputs, like) for k in self.voxel_inputs})
-        return type(self).function(*arguments, **self._options)
+        return type(self).function(*arguments, **self.chosen)
 
 
 def signal_model(

@@ -66,6 +66,9 @@ class MeAxCaliberSmt(AxCaliberSmt):
     minimum_echo_times = 2
     required = ("b", "big_delta", "small_delta", "echo_time")
     options = AxCaliberSmt.options | SURFACE_OPTIONS | {"r2csf": 0.5}
+    tissues = {  # noqa: RUF012
+        name: values | {"r2e": 20.0} for name, values in AxCaliberSmt.tissues.items()
+    }
     starts = 4
     linear = ()
     parameters = _parameters(AxCaliberSmt.parameters)

@@ -42,9 +42,12 @@ class NexiDot(Nexi):
     parameters: tuple[Parameter, ...] = fitted
     derived = (
         RATE,
-        Parameter("fi", "1", "Neurite fraction of all signal", window=(0.0, 1.0)),
-        Parameter("fe", "1", "Extra-neurite fraction of all signal", window=(0.0, 1.0)),
+        Parameter("fntotal", "1", "Neurite share of the whole signal", window=(0.0, 1.0)),
+        Parameter("fetotal", "1", "Extra-neurite share of the whole signal", window=(0.0, 1.0)),
     )
+    tissues: ClassVar[dict[str, dict[str, float]]] = {
+        name: values | {"fdot": 0.03} for name, values in Nexi.tissues.items()
+    }
     apart: ClassVar[str] = "fdot"  # the signal fraction of what does not exchange
 
     def __init__(self, scheme: DiffusionScheme, *, l_max: int = 0, **options: Any) -> None:
@@ -83,9 +86,13 @@ class NexiDot(Nexi):
         return (1 - fraction) * exchanging + fraction * alone, columns
 
     def derive(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return rn in 1/ms, and the fractions of all signal; with fdot they add up to one."""
+        """Return rn in 1/ms, and fntotal and fetotal, which add up to one with fdot."""
         fn, moving = params["fn"], 1 - params["fdot"]
-        return {"rn": (1 - fn) / params["tex"], "fi": moving * fn, "fe": moving * (1 - fn)}
+        return {
+            "rn": (1 - fn) / params["tex"],
+            "fntotal": moving * fn,
+            "fetotal": moving * (1 - fn),
+        }
 
     def _isotropic(
         self, params: dict[str, Tensor], inputs: Inputs | None

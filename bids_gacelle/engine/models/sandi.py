@@ -59,6 +59,11 @@ class Sandi(DiffusionModel):
     choices = {"limit": ("murdaycotts", "neuman")}  # noqa: RUF012
     starts = 8
     linear = ("fs", "fin")
+    # Apparent values as Palombo et al. 2020 show them for human cortex and white matter.
+    tissues = {  # noqa: RUF012
+        "grey matter": {"rs": 9.0, "fs": 0.4, "fin": 0.45, "dn": 2.0, "de": 0.9},
+        "white matter": {"rs": 7.5, "fs": 0.15, "fin": 0.65, "dn": 2.2, "de": 0.8},
+    }
     # The start boxes, and by them the weak prior, leave fractions open and take what is known of
     # tissue: cell bodies from small glia to large neurons, diffusivities from strongly hindered to
     # free water, the ranges that others simulate for SANDI, too.

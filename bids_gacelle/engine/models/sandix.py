@@ -9,34 +9,12 @@ from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import Inputs, Parameter
-from bids_gacelle.engine.models.nexi import FITTED, RATE
+from bids_gacelle.engine.models.nexi import FITTED, RATE, Nexi
 from bids_gacelle.engine.models.nexidot import NexiDot
 from bids_gacelle.engine.models.sandi import Sandi
 from bids_gacelle.engine.models.smex import OLESEN
 from bids_gacelle.engine.physics.restricted import SPHERE, RestrictedTable
 from bids_gacelle.engine.scheme import DiffusionScheme
-
-_SOMA = (
-    Parameter(
-        "rs", "um", "Soma radius", bounds=(0.1, 15.0), start=(2.0, 12.0), window=(0.0, 15.0)
-    ),
-    Parameter(
-        "fs",
-        "1",
-        "Soma signal fraction",
-        bounds=(0.0, 1.0),
-        start=(0.05, 0.6),
-        window=(0.0, 1.0),
-    ),
-)
-_FIN = Parameter(
-    "fin",
-    "1",
-    "Neurite share of the signal that is not of somas",
-    bounds=FITTED[0].bounds,
-    start=FITTED[0].start,
-    window=FITTED[0].window,
-)
 
 
 class Sandix(NexiDot):
@@ -64,13 +42,17 @@ class Sandix(NexiDot):
     minimum_measurements = 6
     required = ("b", "big_delta", "small_delta")
     options: ClassVar[dict[str, Any]] = {"l_max": 0, "ds": 3.0}
-    fitted: ClassVar[tuple[Parameter, ...]] = (*_SOMA, _FIN, *FITTED[1:])
+    fitted: ClassVar[tuple[Parameter, ...]] = (*Sandi.parameters[:3], *FITTED[1:])
     parameters: tuple[Parameter, ...] = fitted
     derived = (
         Parameter("fn", "1", "Neurite signal fraction", window=(0.0, 1.0)),
         Parameter("fe", "1", "Extra-neurite signal fraction", window=(0.0, 1.0)),
         RATE,
     )
+    # Somas as in SANDI, exchange as in NEXI.
+    tissues = {  # noqa: RUF012
+        name: {"tex": Nexi.tissues[name]["tex"]} | values for name, values in Sandi.tissues.items()
+    }
     share = "fin"
     apart = "fs"
 
@@ -83,7 +65,12 @@ class Sandix(NexiDot):
         assert scheme.small_delta is not None
         assert scheme.big_delta is not None
         self._sphere = RestrictedTable(
-            SPHERE, ds, scheme.b, scheme.small_delta, scheme.big_delta, _SOMA[0].bounds[1]
+            SPHERE,
+            ds,
+            scheme.b,
+            scheme.small_delta,
+            scheme.big_delta,
+            self.parameters[0].bounds[1],
         )
 
     def derive(self, params: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.models.base import Reference
-from bids_gacelle.engine.models.nexi import FITTED, Nexi
+from bids_gacelle.engine.models.base import Inputs, Reference
+from bids_gacelle.engine.models.nexi import FITTED, LARGEST_SCALE, Nexi
 from bids_gacelle.engine.physics.exchange import Exchange
 from bids_gacelle.engine.physics.finite_pulses import (
     Pulse,
@@ -57,7 +57,7 @@ class Smex(Nexi):
         )
         self._shells, self._place = shells.tolist(), place.tolist()
         limits = {p.name: p.bounds for p in FITTED}
-        exponent = scheme.b * max(limits["dn"][1], limits["de"][1])
+        exponent = LARGEST_SCALE * scheme.b * max(limits["dn"][1], limits["de"][1])
         strongest = float((exponent * self._share / (3 - self._share)).max())
         fastest = float(lengths.max()) / limits["tex"][0]
         # As for the nodes: single precision needs less.
@@ -67,20 +67,22 @@ class Smex(Nexi):
         }
 
     def _integrals(
-        self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor
+        self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor, inputs: Inputs | None
     ) -> list[list[Tensor]]:
         """Return the integrals as `Nexi`; compiled, nodes are an axis, for the kernel is long."""
-        nodes = self._node_tables(like)  # filled before a trace, which must not change a cache
+        # Filled before a trace, which must not change a cache.
+        nodes = self._node_tables(like, inputs)
         if torch.compiler.is_compiling():
             return self._joint_integrals(of_square, *nodes)
-        return super()._integrals(of_square, like)
+        return super()._integrals(of_square, like, inputs)
 
-    def _node_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _node_tables(self, like: Tensor, inputs: Inputs | None) -> tuple[Tensor, Tensor]:
         """Return x^2 of the nodes, (nodes, 1, 1...), and their weights, (orders, nodes)."""
-        squares, weights = self._rule(like)
+        squares, weights = self._rule(like, inputs)
+        number = len(squares)  # one name, one rule
         return (
-            self.table("squares", np.array(squares)[:, None], like[0]),
-            self.table("weights", np.array(weights), like.new_zeros(())),
+            self.table(f"squares{number}", np.array(squares)[:, None], like[0]),
+            self.table(f"weights{number}", np.array(weights), like.new_zeros(())),
         )
 
     def _joint_integrals(
@@ -103,7 +105,7 @@ class Smex(Nexi):
         return lambda along: pulsed_karger_derivatives(fn, along, beside, rate, share, pulse)
 
     def _pulse(self, fn: Tensor, rate: Tensor, which: slice) -> Pulse:
-        """Return the terms of a pulse; those of the weights and of their derivatives `which` asks."""
+        """Return the terms of a pulse, of the weights and of those derivatives that are asked."""
         table = self._pulses.get(fn.dtype, self._pulses[torch.float64])
         coefficients = self.table("pulse", table.coefficients, fn.new_zeros(()))[which]
         share = self.table("share", self._share, fn)

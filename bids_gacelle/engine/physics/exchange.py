@@ -25,14 +25,13 @@ class _Roots(NamedTuple):
     back: Tensor  # r2, exchange into it
     half_difference: Tensor  # u
     half_gap2: Tensor  # w = u^2 + r1 r2, the squared half distance l2 of the eigenvalues
-    slow: Tensor  # E = exp(-(smaller eigenvalue))
-    middle: Tensor  # E exp(-l2)
-    cosh: Tensor  # c = E exp(-l2) cosh l2
-    sinhc: Tensor  # s = E exp(-l2) sinh(l2) / l2
+    middle: Tensor  # exp(-l1), l1 the mean of the eigenvalues; where w is small, else unused
+    cosh: Tensor  # c = exp(-l1) cosh l2
+    sinhc: Tensor  # s = exp(-l1) sinh(l2) / l2
 
 
-# Below this w the closed forms of sinh(l2) / l2 and of the difference c - s cancel; their series
-# in w are exact to rounding there.
+# Below this w the closed forms of sinh(l2) / l2 and of the difference c - s cancel, and the root
+# has no derivative where both eigenvalues are the same; series in w are exact to rounding there.
 _SMALL_GAP2 = 0.09
 
 
@@ -40,26 +39,24 @@ def _roots(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor) -> _Roots:
     """Diagonalise; `rate` is the diffusion time over the exchange time."""
     r1, r2 = rate * (1 - f), rate * f
     u = (d1 + (r1 - r2 - d2)) * 0.5
-    # The smallest normal gap only keeps 0/0 away.
-    w = (u * u + r1 * r2).clamp_min(1e-14)
-    gap = torch.sqrt(w)
-    # det / (l1 + l2) instead of l1 - l2: no cancellation.
+    w = u * u + r1 * r2
+    small = w < _SMALL_GAP2
+    gap = torch.sqrt(w.clamp_min(_SMALL_GAP2))  # used where w is not small
+    mean = (d1 + (d2 + rate)) * 0.5
+    # The smaller eigenvalue as det / (l1 + l2) instead of l1 - l2: no cancellation.
     det = d1 * (d2 + r2) + d2 * r1
-    slow = torch.exp(-det / ((d1 + (d2 + rate)) * 0.5 + gap))
-    quick = torch.exp(-gap)
-    middle = slow * quick
-    square = quick * quick
-    series = 1 + w * (1 / 6 + w * (1 / 120 + w * (1 / 5040 + w * (1 / 362880))))
-    sinhc = torch.where(w < _SMALL_GAP2, middle * series, slow * (1 - square) * (0.5 / gap))
+    decay = torch.exp(-torch.where(small, mean, det / (mean + gap)))
+    square = torch.exp(-2 * gap)
+    even = 1 + w * (1 / 2 + w * (1 / 24 + w * (1 / 720 + w * (1 / 40320 + w / 3628800))))
+    odd = 1 + w * (1 / 6 + w * (1 / 120 + w * (1 / 5040 + w * (1 / 362880))))
     return _Roots(
         out=r1,
         back=r2,
         half_difference=u,
         half_gap2=w,
-        slow=slow,
-        middle=middle,
-        cosh=slow * (0.5 + 0.5 * square),
-        sinhc=sinhc,
+        middle=decay,
+        cosh=decay * torch.where(small, even, 0.5 + 0.5 * square),
+        sinhc=decay * torch.where(small, odd, (1 - square) * (0.5 / gap)),
     )
 
 
@@ -72,7 +69,7 @@ def _slope_ratio(roots: _Roots) -> Tensor:
     """Return (c - s) / w, which is twice the derivative of s by w."""
     w, c, s = roots.half_gap2, roots.cosh, roots.sinhc
     series = roots.middle * (1 / 3 + w * (1 / 30 + w * (1 / 840 + w * (1 / 45360))))
-    return torch.where(w < _SMALL_GAP2, series, (c - s) / w)
+    return torch.where(w < _SMALL_GAP2, series, (c - s) / w.clamp_min(_SMALL_GAP2))
 
 
 def karger(f: Tensor, d1: Tensor, d2: Tensor, rate: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def _exponential_rule(contrast: FloatArray, error: float) -> tuple[FloatArray, F
     for n in range(2, len(contrast)):
         shares = (1 + _points(n)) / 2
         chosen = decays(shares)
-        fit = np.linalg.pinv(chosen, rcond=_LEAST_SINGULAR)
+        fit = np.linalg.pinv(chosen, rcond=_LEAST_SINGULAR).astype(np.float64)
         weights = fit @ wanted
         small = np.abs(weights).sum(0).max() < _LARGEST_WEIGHTS
         if small and np.abs(chosen @ weights - wanted).max() < error:
@@ -295,7 +295,8 @@ def _split(d1: Tensor, d2: Tensor, rate: Tensor, share: Tensor) -> _Parts:
 
 def _decays(parts: _Parts, shares: tuple[float, ...]) -> list[Tensor]:
     first, second = parts.pulse
-    return [torch.exp(-torch.lerp(*torch.broadcast_tensors(second, first), s)) for s in shares]
+    difference = first - second
+    return [torch.exp(-(second + s * difference)) for s in shares]
 
 
 def _sums(decays: list[Tensor], weights: Tensor) -> Pair:

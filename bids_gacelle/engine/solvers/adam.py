@@ -614,7 +614,9 @@ def minimise(problem: Problem, starts: Tensor, n_starts: int = 1) -> Ends:
     """
     kernel, settings = problem.kernel, problem.settings
     step = Step(kernel, settings)
-    call: Callable[..., Any] = kernel.compile("step", step) if settings.compiled else step
+    call: Callable[..., Any] = (
+        kernel.compile("step", step, settings) if settings.compiled else step
+    )
     z = step.transform.inverse(starts)
     if settings.randomness:
         z = step.transform.scattered(z, settings.randomness, settings.seed, n_starts)
@@ -763,7 +765,9 @@ class _Coupled:
             return loss_and_gradient(kernel, position, voxels, unit)
 
         self.terms = terms
-        self.evaluate = kernel.compile("whole", evaluate) if settings.compiled else evaluate
+        self.evaluate = (
+            kernel.compile("whole", evaluate, once=True) if settings.compiled else evaluate
+        )
         size = settings.lanes or default_lanes(kernel)
         self.tiles: list[tuple[Tensor, int, Voxels, Tensor]] = []
         for where, voxels in blocks:

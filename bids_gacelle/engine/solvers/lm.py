@@ -320,7 +320,7 @@ def _power(voxels: Voxels) -> Tensor:
 def get_step(kernel: Kernel, settings: LmSettings) -> Callable[..., tuple[Tensor, ...]]:
     """Return the step function, compiled when asked for."""
     step = LmStep(kernel, settings)
-    return kernel.compile("step", step) if settings.compiled else step
+    return kernel.compile("step", step, settings) if settings.compiled else step
 
 
 def _solve(matrix: _Symmetric, rhs: list[Tensor], free: list[Tensor]) -> list[Tensor]:
