@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,13 @@ MOST_VOXELS = 50_000
 """Voxels that tell the noise of a series."""
 
 
+class Doubt(NamedTuple):
+    """Why an acquisition does not suit a model, and whether the fit can be tried nonetheless."""
+
+    reason: str
+    can_be_fitted: bool
+
+
 def suited_jobs(
     jobs: Sequence[Job], settings: Settings
 ) -> tuple[tuple[Job, ...], tuple[Finding, ...]]:
@@ -29,21 +36,24 @@ def suited_jobs(
     With ``--fit-undetermined`` they stay eligible, with a warning.
     """
     judge = _Judge(settings)
-    judged = [_judged(job, judge.undetermined(job), settings) for job in jobs]
+    judged = [_judged(job, judge.doubt(job), settings) for job in jobs]
     return tuple(job for job, _ in judged), tuple(f for _, f in judged if f is not None)
 
 
-def _judged(job: Job, lost: str, settings: Settings) -> tuple[Job, Finding | None]:
-    if not lost:
+def _judged(job: Job, doubt: Doubt | None, settings: Settings) -> tuple[Job, Finding | None]:
+    if doubt is None:
         return job, None
     series = job.series
     place = f"sub-{series.subject}" + (f"/ses-{series.session}" if series.session else "")
     about = {"subject": series.subject, "session": series.session, "file": series.images[0]}
-    if settings.fit_undetermined:
-        message = f"{place} {series.label}: {lost}; fitted as --fit-undetermined asks."
+    if settings.fit_undetermined and doubt.can_be_fitted:
+        message = f"{place} {series.label}: {doubt.reason}; fitted as --fit-undetermined asks."
         return job, Finding("warning", message, **about)
-    advice = " More runs of a session can be joined with --combine-dwi." * (series.kind == "dwi")
-    reason = f"{lost}.{advice} --fit-undetermined fits it nonetheless."
+    apart = series.kind == "dwi" and not settings.combine_dwi
+    advice = " More runs of a session can be joined with --combine-dwi." * apart
+    reason = f"{doubt.reason}.{advice}"
+    if doubt.can_be_fitted:
+        reason += " --fit-undetermined fits it nonetheless."
     message = f"{place} {series.label} model {job.model} skipped: {reason}"
     finding = Finding("error", message, model=job.model, **about)
     return replace(job, reason=reason, cause="unsuited"), finding
@@ -56,34 +66,35 @@ class _Judge:
         self.settings = settings
         self._series: Series | None = None
         self._acquired: dict[str, Any] = {}
-        self._known: dict[tuple[str, str], str] = {}
+        self._known: dict[tuple[str, str], Doubt | None] = {}
 
-    def undetermined(self, job: Job) -> str:
-        """What `adequacy.undetermined` says; "" also where the fit will say what is wrong."""
+    def doubt(self, job: Job) -> Doubt | None:
+        """What speaks against a job; None also where its preparation will say what is wrong."""
         if not job.eligible:
-            return ""
+            return None
         if self._series is not job.series:  # the jobs of a series come one after the other
             self._series, self._acquired = job.series, {}
             with suppress(EngineError, InputError):
                 self._acquired = acquired(job.series, self.settings)
         if not self._acquired:
-            return ""
+            return None
         try:
             _, scheme, _ = measurements_of(job.model, self.settings, self._acquired)
-        except (EngineError, InputError):
-            return ""
+        except (EngineError, InputError) as error:
+            return Doubt(str(error).rstrip("."), can_be_fitted=False)
         key = (job.model, repr(scheme))
         if key not in self._known:
             self._known[key] = self._ask(job.model, scheme)
         return self._known[key]
 
-    def _ask(self, name: str, scheme: Scheme) -> str:
+    def _ask(self, name: str, scheme: Scheme) -> Doubt | None:
         given = self.settings.model_options.get(name, {})
         own, _ = split_options(name, given, self.settings.solver)
         try:
-            return adequacy.undetermined(model_class(name, self.settings)(scheme, **own))
-        except EngineError:
-            return ""
+            lost = adequacy.undetermined(model_class(name, self.settings)(scheme, **own))
+        except EngineError as error:
+            return Doubt(str(error).rstrip("."), can_be_fitted=False)
+        return Doubt(lost, can_be_fitted=True) if lost else None
 
 
 def protocol_adequacy(

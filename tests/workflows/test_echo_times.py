@@ -54,3 +54,16 @@ def test_runs_apart_have_no_relaxation(study, tmp_path):
     assert run(study, tmp_path / "out") != 0
     [log] = (tmp_path / "out").glob("logs/*/bids_gacelle.log")
     assert "echo time" in log.read_text()
+
+
+@pytest.mark.parametrize("forced", [[], ["--fit-undetermined"]])
+def test_echo_times_without_the_b_values_of_axons_suit_no_model_of_axons(
+    study, tmp_path, capsys, forced
+):
+    """It is said before anything is computed, and no option can help."""
+    words = [str(study), str(tmp_path / "out"), "participant", "--nprocs", "1", "--combine-dwi"]
+    main([*words, "--models", "axonalt2", "--dry-run", *forced])
+    shown = capsys.readouterr().out
+    assert "no: axonalt2" in shown
+    assert "b >= 4 ms/um^2" in shown
+    assert "--fit-undetermined" not in shown
