@@ -63,7 +63,9 @@ class Smex(Nexi):
         self, of_square: Callable[[Any], Sequence[Tensor]], like: Tensor, inputs: Inputs | None
     ) -> list[list[Tensor]]:
         """Return the integrals as `Nexi`; compiled, nodes are an axis, for the kernel is long."""
-        nodes = self._node_tables(like, inputs)  # filled before a trace, which must not change a cache
+        nodes = self._node_tables(
+            like, inputs
+        )  # filled before a trace, which must not change a cache
         if torch.compiler.is_compiling():
             return self._joint_integrals(of_square, *nodes)
         return super()._integrals(of_square, like, inputs)
