@@ -194,3 +194,26 @@ def test_averages_of_magnitudes_of_isotropic_tissue_stay(uneven):
     assert abs(bias) < 0.0015
     weights = prepared.sigma[0] / (prepared.scale_sigma[0] * np.sqrt(B0))
     np.testing.assert_allclose(weights, 1 / np.sqrt(number), rtol=1e-3)
+
+
+@pytest.mark.parametrize("b", [3.0, 6.0])
+@pytest.mark.parametrize("snr", [15, 20, 40])
+@pytest.mark.parametrize("kappa", [4, 16])
+def test_coherence_of_magnitudes_is_that_of_signals(b, snr, kappa):
+    """Near the floor magnitudes have less contrast between directions than signals."""
+    g, voxels = even_directions(64), 3000
+    u = watson(kappa)
+    clean = 0.6 * np.exp(-b * 2.2 * (g @ u.T) ** 2).mean(axis=1) + 0.4 * np.exp(-b * 0.7)
+    signals, magnitudes = (
+        noisy_run(clean[None], g, [b], 1 / snr, voxels, magnitude=kind) for kind in (False, True)
+    )
+    known = {"l_max": 2, "noise": [np.full(voxels, 100 / snr)]}
+    exact = prepare_dwi([signals], **known).signals[1].mean(dtype=np.float64)
+    plain = prepare_dwi([magnitudes], **known)
+    corrected = prepare_dwi([magnitudes], **known, noise_model="rician")
+    before, after = (p.signals[1].mean(dtype=np.float64) - exact for p in (plain, corrected))
+    said, scatter = np.median(corrected.sigma[1]), corrected.signals[1].std(dtype=np.float64)
+    assert before < 0
+    assert abs(after) < 0.55 * max(said, -before)
+    assert abs(after) < 0.5 * -before or -before < said
+    assert 0.8 < said / scatter < 1.6

@@ -57,8 +57,9 @@ def prepare_dwi(
         None for a run whose noise is to be estimated. Values that are not positive and finite are
         no values: the estimate, or where there is none the median of the others, replaces them.
     noise_model : "gaussian", or "rician" for fits with Rician noise. The noise is then that of
-        one channel, the noise floor leaves b=0 signals, and S_0 becomes the expected magnitude of
-        the mean signal, which the mean magnitude exceeds where signals differ between directions.
+        one channel, the noise floor leaves b=0 signals and S_2, and S_0 becomes the expected
+        magnitude of the mean signal, which the mean magnitude exceeds where signals differ between
+        directions.
     gradient_tensor : (voxels, 3, 3) deviation L of the gradients: a voxel sees (I + L) g where g
         is nominal, and |(I + L) g|^2 b. ``bscale`` is the mean of that factor over all weighted
         volumes. What it leaves: shells of uneven directions have another mean, by up to

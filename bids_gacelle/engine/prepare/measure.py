@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bids_gacelle.engine.prepare.magnitudes import anisotropic_excess, invert
+from bids_gacelle.engine.prepare.magnitudes import invert, noise_floor
 from bids_gacelle.engine.prepare.noise import Run, describe_noise, noise_of
 from bids_gacelle.engine.prepare.prepared import B0Groups, PreparedDwi
 from bids_gacelle.engine.prepare.shells import shell_scheme
@@ -121,12 +121,16 @@ def _measure_run(run: Run, block: slice, l_max: int, sigma_known: bool) -> _Meas
             x = y[shell.volumes] / b0[i]
             sd = noise / b0[i]
             values[0, i] = estimator.mean @ x
-            if floor:
-                values[0, i] -= anisotropic_excess(estimator, x, sd)
             deviations[0, i] = sd * np.sqrt(np.sum(estimator.mean**2))
             for degree in range(2, estimator.top + 1, 2):
                 measured = _invariant(estimator.coefficients(degree), x, degree, sd)
                 values[degree // 2, i], deviations[degree // 2, i] = measured
+            if floor:
+                excess, rise, slope = noise_floor(estimator, x, sd)
+                values[0, i] -= excess
+                if estimator.top >= 2:  # S_4, of finer detail, does not gain by it
+                    s2, deviation = _invariant(estimator.coefficients(2), x - rise, 2, sd)
+                    values[1, i], deviations[1, i] = s2, deviation / slope
         relative = noise / references / np.sqrt(number)
         return _Measured(values, deviations, references, means, relative)
 
