@@ -112,9 +112,12 @@ def table(jobs: Sequence[Job]) -> str:
 def say(plan: Plan, log: logging.Logger) -> None:
     """Log the table of jobs and every finding that it does not already tell, errors first."""
     log.info("What can be fitted:\n%s", table(plan.jobs))
-    told = {(j.series.subject, j.series.session, j.model): j.reason for j in plan.jobs if j.reason}
+    told: dict[tuple[str, str], set[str]] = {}
+    for job in plan.jobs:
+        if job.reason:
+            told.setdefault((job.series.subject, job.series.session), set()).add(job.reason)
     order = list(LEVELS)
     for finding in sorted(dict.fromkeys(plan.findings), key=lambda f: order.index(f.severity)):
-        reason = told.get((finding.subject, finding.session, finding.model))
-        if reason is None or reason not in finding.message:
+        reasons = told.get((finding.subject, finding.session), set())
+        if not any(reason in finding.message for reason in reasons):
             log.log(LEVELS[finding.severity], finding.message)

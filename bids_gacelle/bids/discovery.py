@@ -159,7 +159,7 @@ def _too_few(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
     counted, advice = _COUNTED[need.kind], ""
     if need.kind == "dwi":
         counted += " (b-values or diffusion times)"
-        advice = " More runs of a session can be joined with --combine-dwi."
+        advice = _joining(candidate, "More runs of a session")
     advice += " --fit-undetermined fits it nonetheless."
     first = candidate.files[0]
     there = f"`{first.label}`" + (" and its like have" if len(candidate.files) > 1 else " has")
@@ -178,12 +178,18 @@ def _too_few_echo_times(candidate: Candidate, need: ModelNeeds) -> MetadataError
         return None
     first = candidate.files[0]
     there = f"{', '.join(found)} ms only" if found else "no EchoTime"
+    has = "and its like have" if len(runs) > 1 else "has"
     return MetadataError(
         f"{need.name} needs at least {need.minimum_echo_times} different echo times, but "
-        f"`{first.label}` has {there}. Runs with other echo times can be joined with "
-        "--combine-dwi.",
+        f"`{first.label}` {has} {there}.{_joining(candidate, 'Runs with other echo times')}",
         first.path,
     )
+
+
+def _joining(candidate: Candidate, what: str) -> str:
+    """How more could be fitted together; "" where all runs of the session already are."""
+    joined = len(candidate.series.dwi_runs) > 1
+    return "" if joined else f" {what} can be joined with --combine-dwi."
 
 
 def _nothing(

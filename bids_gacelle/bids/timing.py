@@ -209,7 +209,7 @@ def _in_ms(
     if is_ms and name not in options.assume_ms:
         warn(
             f"{where} is {value_range(used)}, which cannot be s (as BIDS has it) and was read as "
-            f"ms; write {value_range(used / 1000)} there."
+            f"ms; write {value_range(used / 1000)} there"
         )
     scale = 1.0 if is_ms or name in options.assume_ms else 1000.0
     if used.min() * scale < _SHORTEST or used.max() * scale > _LONGEST:

@@ -246,6 +246,11 @@ def _noise(
             continue
         [(_, data)] = load_volumes([run.noise_map.image])
         level = data.reshape(data.shape[:3])[mask]
+        if not (np.isfinite(level) & (level > 0)).any():
+            raise InputError(
+                f"The noise map {run.noise_map.image} has no positive value in any voxel of the "
+                "mask; give another with --noise-map, or pass --ignore noise."
+            )
         levels.append(level)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = level / _spread(volumes, b0_threshold)

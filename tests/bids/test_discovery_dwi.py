@@ -199,7 +199,8 @@ def test_milliseconds_by_value_with_a_warning(tree, nexi, messages) -> None:
     assert (run.small_delta.values, run.big_delta.values) == ((14.2,), (43.0,))
     warning = messages(plan, "warning")
     assert "`LargeDelta` in `sub-01/dwi/sub-01_dwi.json` is 43, which cannot be s" in warning
-    assert "write 0.043 there" in warning
+    assert "write 0.043 there." in warning
+    assert ".." not in warning
     assumed = tree.discover(assume_ms=("SmallDelta", "LargeDelta"))
     assert "cannot be s" not in messages(assumed, "warning")
 

@@ -248,6 +248,9 @@ def test_uneven_directions_are_averaged_by_spherical_harmonics():
     assert any("uneven" in w for w in chosen.warnings)
     even = prepare_dwi([volumes([(2000, even_directions(30))])])
     assert not even.warnings
+    [several] = prepare_dwi([volumes([(1000, g), (2000, g)])]).warnings
+    assert "b = 1000" in several
+    assert "b = 2000" in several
 
 
 @pytest.mark.parametrize("uneven", [False, True])

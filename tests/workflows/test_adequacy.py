@@ -80,6 +80,35 @@ def test_measurements_that_are_alike_are_refused(one_b_twice, tmp_path, capsys):
     assert told in log(out)
 
 
+def test_a_reason_is_told_once_for_each_series(one_b_twice, tmp_path, capfd):
+    """The table of a dry run holds it; nothing says it again."""
+    run(one_b_twice, tmp_path / "out", "--models", "nexi,axonalt2", "--dry-run")
+    told = "".join(capfd.readouterr())
+    for path in ("sub-01_run-1_dwi", "sub-01_run-2_dwi"):  # for each of the two models
+        assert told.count(f"but `sub-01/dwi/{path}.nii.gz` has 1 (b 2000") == 2
+    assert "--combine-dwi" in told
+
+
+def test_joined_runs_are_not_told_to_be_joined(one_b_twice, tmp_path, capfd):
+    words = ("--combine-dwi", "--models", "nexi,axonalt2", "--dry-run")
+    run(one_b_twice, tmp_path / "out", *words)
+    told = "".join(capfd.readouterr())
+    assert "and its like have 2 (b 2000" in told
+    assert "and its like have 70.0 ms only" in told
+    assert "--combine-dwi" not in told
+
+
+def test_a_broken_image_is_told_once(single_shell, tmp_path, capfd):
+    bval = single_shell / "sub-01/dwi/sub-01_dwi.bval"
+    bval.write_text(f"{bval.read_text().strip()} 1000")
+    bvec = bval.with_suffix(".bvec")
+    bvec.write_text("".join(f"{line} 0.577\n" for line in bvec.read_text().splitlines()))
+    assert run(single_shell, tmp_path / "out", "--models", "mcmicro", "--force") == 3
+    told = "".join(capfd.readouterr())
+    assert "mcmicro failed: " in told
+    assert told.count("one of the two is not complete") == 2  # in the table, and as the failure
+
+
 @pytest.mark.parametrize("flag", ["--fit-undetermined", "--force"])
 def test_what_is_undetermined_is_fitted_on_demand_and_says_so(single_shell, tmp_path, flag):
     out = tmp_path / "out"

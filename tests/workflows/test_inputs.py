@@ -147,7 +147,9 @@ def test_noise_map_on_another_grid(study, tmp_path, capfd):
 def test_noise_map_without_a_value(study, tmp_path, capfd):
     noise = write_image(tmp_path / "noise.nii.gz", np.zeros(SHAPE))
     assert run(study, tmp_path / "out", "--noise-map", noise) == 1
-    assert "no positive value in any voxel" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert f"{noise} has no positive value in any voxel" in told
+    assert "--ignore noise" in told
 
 
 def test_resume_notices_another_noise_map(study, tmp_path):

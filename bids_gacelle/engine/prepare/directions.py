@@ -123,15 +123,18 @@ def direction_warnings(
                 f"spherical harmonics up to l = {degree} (at least {_needed(degree)} well spread "
                 "ones are needed): " + "; ".join(f"{s}: {len(s.volumes)}" for s in without)
             )
+    uneven: dict[str, list[str]] = {}
     for shell, estimator in zip(shells, estimators, strict=True):
-        uneven = unevenness(shell.directions)
-        if uneven > _EVEN:
+        size = unevenness(shell.directions)
+        if size > _EVEN:
             plain = np.ptp(estimator.mean) == 0
             done = "averaged as they are" if plain else "averaged by spherical harmonics"
-            notes.append(
-                f"{name}: the directions of the shell {shell} are uneven over the sphere "
-                f"({uneven:.2f}; even is below {_EVEN}); they were {done}"
-            )
+            uneven.setdefault(done, []).append(f"{shell}: {size:.2f}")
+    notes += [
+        f"{name}: directions uneven over the sphere (even is below {_EVEN}) were {done}: "
+        + "; ".join(found)
+        for done, found in uneven.items()
+    ]
     return notes
 
 
