@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 import scipy.special
-from protocols import DELTA, NODES, WEIGHTS, B, stick
+from protocols import DELTA, NODES, WEIGHTS, B, kernel, stick
 
 from bids_gacelle.engine import DiffusionScheme, get_model
 
@@ -47,18 +47,6 @@ def restricted(radius, shift, diffusivity, b, small, big):
     s, d = square * small / time, square * np.reshape(big / time, (-1, 1))
     bracket = -2 + 2 * s + 2 * np.exp(-s) + 2 * np.exp(-d) - np.exp(-(d + s)) - np.exp(-(d - s))
     return diffusivity * g2 * time**3 * (2 / (square**3 * (square - shift)) * bracket).sum(1)
-
-
-def kernel(f, dn, de, tex):
-    """Narrow-pulse Kaerger signal at the nodes, (shells, nodes)."""
-    rate = DELTA[:, None] / tex
-    r1, r2 = rate * (1 - f), rate * f
-    d1, d2 = B[:, None] * dn * NODES**2, B[:, None] * de
-    gap = np.sqrt(np.maximum(((d1 + r1 - d2 - r2) / 2) ** 2 + r1 * r2, 1e-16))
-    total = (d1 + d2 + r1 + r2) / 2
-    slow = np.exp(-(d1 * d2 + d1 * r2 + d2 * r1) / (total + gap))
-    quick = np.exp(-2 * gap)
-    return slow * ((1 + quick) / 2 + (total - f * d1 - (1 - f) * d2) * (1 - quick) / (2 * gap))
 
 
 def nexi4(x):

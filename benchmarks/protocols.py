@@ -62,20 +62,24 @@ def decay(x):
     return x[0] * np.exp(-ECHO_TIMES * x[1])
 
 
-def exchange(x):
-    f, dn, de, log_time = x[:4]
-    rate = DELTA[:, None] * np.exp(-log_time)
+def kernel(f, dn, de, tex):
+    """Narrow-pulse Kaerger signal at the nodes, (shells, nodes)."""
+    rate = DELTA[:, None] / tex
     r1, r2 = rate * (1 - f), rate * f
     d1, d2 = B[:, None] * dn * NODES**2, B[:, None] * de
     gap = np.sqrt(np.maximum(((d1 + r1 - d2 - r2) / 2) ** 2 + r1 * r2, 1e-16))
     total = (d1 + d2 + r1 + r2) / 2
     slow = np.exp(-(d1 * d2 + d1 * r2 + d2 * r1) / (total + gap))
     quick = np.exp(-2 * gap)
-    kernel = slow * ((1 + quick) / 2 + (total - f * d1 - (1 - f) * d2) * (1 - quick) / (2 * gap))
+    return slow * ((1 + quick) / 2 + (total - f * d1 - (1 - f) * d2) * (1 - quick) / (2 * gap))
+
+
+def exchange(x):
+    m = kernel(*x[:3], np.exp(x[3]))
     if len(x) == 4:
-        return kernel @ WEIGHTS
-    s2 = x[4] * np.abs(kernel @ (WEIGHTS * (1.5 * NODES**2 - 0.5)))
-    return np.concatenate((kernel @ WEIGHTS, s2))
+        return m @ WEIGHTS
+    s2 = x[4] * np.abs(m @ (WEIGHTS * (1.5 * NODES**2 - 0.5)))
+    return np.concatenate((m @ WEIGHTS, s2))
 
 
 def stick(a):

@@ -126,19 +126,7 @@ class Sandi(DiffusionModel):
         **options: Any,
     ) -> None:
         super().__init__(scheme, ds=ds, limit=limit, **options)
-        if not 0 < ds < float("inf"):
-            raise EngineError(f"ds must be a positive diffusivity, got {ds}.")
-        assert scheme.small_delta is not None
-        assert scheme.big_delta is not None
-        self._sphere = RestrictedTable(
-            SPHERE,
-            ds,
-            scheme.b,
-            scheme.small_delta,
-            scheme.big_delta,
-            self.parameters[0].bounds[1],
-            wide=limit == "neuman",
-        )
+        self._sphere = soma_table(scheme, ds, wide=limit == "neuman")
 
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return the powder average of each shell; shapes as in `SignalModel.signal`."""
@@ -189,6 +177,24 @@ class Sandi(DiffusionModel):
             stick_average(b * params["dn"]),
             torch.exp(-b * params["de"]),
         )
+
+
+def soma_table(scheme: DiffusionScheme, ds: float, *, wide: bool = False) -> RestrictedTable:
+    """Return the attenuation exponents of somas with diffusivity ds in um^2/ms.
+
+    Raises
+    ------
+    EngineError
+        The diffusivity is not positive.
+    """
+    if not 0 < ds < float("inf"):
+        raise EngineError(f"ds must be a positive diffusivity, got {ds}.")
+    assert scheme.small_delta is not None
+    assert scheme.big_delta is not None
+    largest = Sandi.parameters[0].bounds[1]
+    return RestrictedTable(
+        SPHERE, ds, scheme.b, scheme.small_delta, scheme.big_delta, largest, wide=wide
+    )
 
 
 def _mix(params: dict[str, Tensor], soma: Tensor, stick: Tensor, around: Tensor) -> Tensor:

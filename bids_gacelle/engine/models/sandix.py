@@ -7,13 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import Inputs, Parameter
 from bids_gacelle.engine.models.nexi import FITTED, RATE, Nexi
 from bids_gacelle.engine.models.nexidot import NexiDot
-from bids_gacelle.engine.models.sandi import Sandi
+from bids_gacelle.engine.models.sandi import Sandi, soma_table
 from bids_gacelle.engine.models.smex import OLESEN
-from bids_gacelle.engine.physics.restricted import SPHERE, RestrictedTable
 from bids_gacelle.engine.scheme import DiffusionScheme
 
 
@@ -60,18 +58,7 @@ class Sandix(NexiDot):
         self, scheme: DiffusionScheme, *, l_max: int = 0, ds: float = 3.0, **options: Any
     ) -> None:
         super().__init__(scheme, l_max=l_max, ds=ds, **options)
-        if not 0 < ds < float("inf"):
-            raise EngineError(f"ds must be a positive diffusivity, got {ds}.")
-        assert scheme.small_delta is not None
-        assert scheme.big_delta is not None
-        self._sphere = RestrictedTable(
-            SPHERE,
-            ds,
-            scheme.b,
-            scheme.small_delta,
-            scheme.big_delta,
-            self.parameters[0].bounds[1],
-        )
+        self._sphere = soma_table(scheme, ds)
 
     def derive(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return fn and fe, which with fs add up to one, and rn in 1/ms."""
