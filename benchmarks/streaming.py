@@ -103,8 +103,11 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--times", type=float, default=8, help="size over memory limit")
     parser.add_argument("--dictionary", type=int, default=512)
-    parser.add_argument("--out", type=Path, default=RESULTS / "streaming.json")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    cpu = arguments.device == "cpu"
+    out = arguments.out or RESULTS / ("streaming.json" if cpu else "streaming_gpu.json")
     if sys.platform != "linux":
         parser.error("memory is read from /proc, which this system has not")
     torch.set_num_threads(1)
@@ -114,10 +117,10 @@ def main():
         if case.snr > 50:
             continue
         data = case.data()[0].astype(np.float32)
-        times = arguments.times
+        times, options["device"] = arguments.times, arguments.device
         rows.append(run_case(case.name, case.model, data, arguments.repeats, options, times))
         print(json.dumps(rows[-1]), flush=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "results": rows}, indent=2) + "\n")
+    out.write_text(json.dumps({"machine": machine(), "results": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

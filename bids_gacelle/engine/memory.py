@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from bids_gacelle.engine.kernels import Kernel, Voxels
 from bids_gacelle.engine.solvers import Settings, Solver
-from bids_gacelle.engine.starts import CHUNK
+from bids_gacelle.engine.starts import chunk_size
 from bids_gacelle.engine.study import Study
 
 _DOUBLE = 8
@@ -90,7 +90,7 @@ def footprint(
         held=prepared + max(converted + ends, solution + results),
         # The assessment of the same number of voxels is in double precision.
         lane=lane * (2 if item < _DOUBLE else 1),
-        start=CHUNK * item * (3 * settings.dictionary + 2 * numbers),
+        start=chunk_size(kernel.device) * item * (3 * settings.dictionary + 2 * numbers),
     )
 
 

@@ -14,7 +14,7 @@ from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import Kernel, Voxels
 from bids_gacelle.engine.objective import L1_CORNERS, Objective
 from bids_gacelle.engine.physics import rician
-from bids_gacelle.engine.starts import CHUNK
+from bids_gacelle.engine.starts import chunk_size
 from bids_gacelle.engine.study import Block
 
 Solve = Callable[[Objective, Voxels], Tensor]
@@ -98,11 +98,11 @@ def from_residuals(
         From the median absolute residual instead of the sum of squares.
     """
     exact = Kernel(kernel.model, Objective(), torch.float64, kernel.device)
-    n = voxels.data.shape[-1]
+    n, size = voxels.data.shape[-1], chunk_size(kernel.device)
     out = []
-    for begin in range(0, n, CHUNK):
+    for begin in range(0, n, size):
         # Padded to one size: sums over measurements must not depend on the number of voxels.
-        index = torch.arange(begin, begin + CHUNK, device=kernel.device).clamp_max(n - 1)
+        index = torch.arange(begin, begin + size, device=kernel.device).clamp_max(n - 1)
         part = voxels.take(index)
         residual = exact.signal(position[:, index], part.inputs) - part.data
         if part.weight is not None:
@@ -122,8 +122,9 @@ def from_residuals(
 
 def _chunks(voxels: Voxels) -> Iterator[Voxels]:
     """Yield pieces whose intermediate values take little memory."""
-    for begin in range(0, voxels.data.shape[-1], CHUNK):
-        yield voxels.take(slice(begin, begin + CHUNK))
+    size = chunk_size(voxels.data.device)
+    for begin in range(0, voxels.data.shape[-1], size):
+        yield voxels.take(slice(begin, begin + size))
 
 
 def sigma_from_repeats(data: ArrayLike | Tensor, group: ArrayLike) -> NDArray[np.float64]:

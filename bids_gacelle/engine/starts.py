@@ -14,9 +14,10 @@ from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowe
 
 # Voxels are scored in chunks of one fixed size: a matrix product may round differently when its
 # shape changes, and a start must not depend on the size of a block.
-CHUNK = 2048
-# Entries scored at once: the dozen temporaries of a closed form should stay in cache.
-_TILE = 64
+_CHUNK, _CHUNK_CUDA = 1 << 11, 1 << 15
+# Entries scored at once: the dozen temporaries of a closed form should stay in cache, or be enough
+# to keep a GPU busy.
+_TILE, _TILE_CUDA = 64, 128
 # More entries than these for each parameter find no more optima. Where linear ones are projected,
 # every entry stands for many.
 _ENTRIES_PER_PARAMETER = 128
@@ -120,6 +121,11 @@ def _slabs(unit: Tensor, regions: int) -> list[Tensor]:
     return list(unit[0].argsort().tensor_split(regions))
 
 
+def chunk_size(device: torch.device) -> int:
+    """Return how many voxels to compute at once outside of a solver's lanes."""
+    return _CHUNK if device.type == "cpu" else _CHUNK_CUDA
+
+
 def find_starts(
     kernel: Kernel, voxels: Voxels, dictionary: Dictionary, *, compiled: bool = False
 ) -> Tensor:
@@ -131,10 +137,10 @@ def find_starts(
     choose = _best_mixture if kernel.model.linear else _best_entry
     if compiled:
         choose = kernel.compile("starts", choose)
-    n = voxels.data.shape[-1]
+    n, size = voxels.data.shape[-1], chunk_size(kernel.device)
     chunks = []
-    for begin in range(0, n, CHUNK):
-        index = torch.arange(begin, begin + CHUNK, device=kernel.device).clamp_max(n - 1)
+    for begin in range(0, n, size):
+        index = torch.arange(begin, begin + size, device=kernel.device).clamp_max(n - 1)
         chunks.append(_chunk_starts(kernel, voxels.take(index), dictionary, choose))
     return torch.cat(chunks, -1)[..., :n]
 
@@ -149,7 +155,7 @@ def _chunk_starts(
         starts, costs = _best_of_regions(kernel, voxels, dictionary, choose)
         if guess is not None:
             best = torch.stack(costs).argmin(0)
-            fallback = torch.stack(starts)[best, :, torch.arange(CHUNK, device=best.device)].T
+            fallback = torch.stack(starts)[best, :, torch.arange(len(best), device=best.device)].T
             starts[0] = torch.where(guess.isfinite(), guess, fallback)
     bounded = [torch.maximum(torch.minimum(s, kernel.upper), kernel.lower) for s in starts]
     return torch.stack([_project_amplitude(kernel, s, voxels) for s in bounded])
@@ -171,13 +177,15 @@ def _best_of_regions(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the best entry (parameters, voxels) of each region, and its misfit (voxels,)."""
     linear = bool(kernel.model.linear)
+    size = _TILE if kernel.device.type == "cpu" else _TILE_CUDA
     starts, costs = [], []
     for region in dictionary.regions:
         lowest = torch.full_like(voxels.data[0], torch.inf)
         entry = torch.zeros_like(lowest, dtype=torch.long)
-        for begin in range(0, len(region), _TILE):
+        for begin in range(0, len(region), size):
             # All tiles of one size, to which a compiled function is bound.
-            tile = region[torch.arange(begin, begin + _TILE).clamp_max(len(region) - 1)]
+            places = torch.arange(begin, begin + size, device=region.device)
+            tile = region[places.clamp_max(len(region) - 1)]
             entries = dictionary.signal[:, tile]
             if not linear:
                 entries = entries.T

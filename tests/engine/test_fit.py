@@ -10,6 +10,7 @@ import torch
 from bids_gacelle.bids.names import FLAGS
 from bids_gacelle.engine import (
     FLAG_NAMES,
+    TV,
     DiffusionScheme,
     EngineError,
     GradientEchoScheme,
@@ -18,7 +19,7 @@ from bids_gacelle.engine import (
 )
 from bids_gacelle.engine.device import resolve_device
 
-from .helpers import Line, draw, draw_inputs, make_model, noisy
+from .helpers import ALL_MODELS, Line, draw, draw_inputs, make_model, noisy
 
 
 def tissue(n, seed):
@@ -342,10 +343,10 @@ def test_device_names():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["r2star", "despot1", "mcmicro", "nexi"])
-def test_gpu_and_cpu_find_the_same_optimum(name):
-    model = make_model(name)
-    params, inputs = draw(model, 3000, 29), draw_inputs(model, 3000, 30)
+@pytest.mark.parametrize(("name", "chosen"), ALL_MODELS)
+def test_gpu_and_cpu_find_the_same_optimum(name, chosen):
+    model, n = make_model(name, **chosen), 1000
+    params, inputs = draw(model, n, 29), draw_inputs(model, n, 30)
     data = noisy(model, params, 0.005, 31, inputs)
     inputs = {k: v.numpy() for k, v in inputs.items()}
     options = {"ftol": 1e-10, "xtol": 1e-8, "max_evaluations": 200}
@@ -354,21 +355,34 @@ def test_gpu_and_cpu_find_the_same_optimum(name):
             model,
             data,
             inputs=inputs,
-            scale_sigma=np.full((1, 3000), 0.01),
+            scale_sigma=np.full((1, n), 0.01),
             scale_group=np.zeros(model.n_measurements, int),
             device=d,
             precision="float64",
             options=options,
             block_size=b,
         )
-        for d, b in (("cpu", None), ("cuda", None), ("cuda", 500))
+        for d, b in (("cpu", None), ("cuda", None), ("cuda", 300))
     )
     for key in model.parameter_names:
+        np.testing.assert_array_equal(gpu.maps[key], small.maps[key])
         scale = np.nanmedian(np.abs(cpu.maps[key]))
         for other in (gpu, small):
             close = np.abs(other.maps[key] - cpu.maps[key]) < 1e-4 * scale
             assert close.mean() > 0.98
             assert np.nanmedian(other.std[key]) == pytest.approx(np.nanmedian(cpu.std[key]), 0.02)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("solver", ["lm", "adam"])
+def test_total_variation_is_the_same_on_a_gpu(solver):
+    model, grid = make_model("mcmicro"), (12, 10, 4)
+    data = noisy(model, draw(model, 480, 33), 0.01, 34).reshape(-1, *grid)
+    told = {"sigma": 0.01, "solver": solver, "precision": "float64", "seed": 1}
+    told["regularise"] = TV(["fn"], weight=0.05, mode="3d")
+    cpu, gpu = (fit(model, data, device=d, **told).maps["fn"] for d in ("cpu", "cuda"))
+    np.testing.assert_allclose(gpu, cpu, atol=1e-3)
 
 
 def test_reduced_chi_square_tells_whether_the_noise_level_describes_the_residuals():

@@ -40,7 +40,7 @@ from bids_gacelle.engine.solvers.base import (
     within,
 )
 from bids_gacelle.engine.solvers.lanes import Lanes
-from bids_gacelle.engine.starts import CHUNK, build_dictionary, find_starts
+from bids_gacelle.engine.starts import build_dictionary, chunk_size, find_starts
 
 # A sigmoid start keeps this share of the range away from the bounds, where slopes vanish.
 _EDGE = 1e-4
@@ -334,9 +334,9 @@ class Transform:
 
 def _in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """Apply a function to (rows, n) in chunks of one shape, lest the rounding depend on n."""
-    n = rows.shape[1]
-    index = torch.arange(-(-n // CHUNK) * CHUNK, device=rows.device).clamp_max(n - 1)
-    return torch.cat([function(rows[:, part]) for part in index.split(CHUNK)], 1)[:, :n]
+    n, size = rows.shape[1], chunk_size(rows.device)
+    index = torch.arange(-(-n // size) * size, device=rows.device).clamp_max(n - 1)
+    return torch.cat([function(rows[:, part]) for part in index.split(size)], 1)[:, :n]
 
 
 class Watch(NamedTuple):
