@@ -54,8 +54,18 @@ def build_dictionary(kernel: Kernel, entries: int, regions: int, seed: int) -> D
 
     The best entry of each region gives starts that are good and far apart. Linear parameters are
     not varied, every entry standing for all their values; where that leaves one or two others,
-    the dictionary spans their bounds instead of their start boxes.
+    the dictionary spans their bounds instead of their start boxes. The model keeps it for other
+    blocks and fits.
     """
+    asked = (entries, regions, seed, kernel.model.parameters, kernel.dtype, kernel.device)
+    kept = kernel.model.compiled
+    key = ("dictionary", *asked)
+    if key not in kept:
+        kept[key] = _build_dictionary(kernel, entries, regions, seed)
+    return kept[key]
+
+
+def _build_dictionary(kernel: Kernel, entries: int, regions: int, seed: int) -> Dictionary:
     names = kernel.model.parameter_names
     linear = {names.index(name) for name in kernel.model.linear}
     fitted = [i for i in range(len(names)) if i != kernel.amplitude and i not in linear]

@@ -17,6 +17,8 @@ from bids_gacelle.engine.solvers.base import Ends, Problem
 
 FEWEST = 256
 _REFILL_SHARE = 0.2
+# Steps between looks at how many lanes have finished: each look makes a GPU wait for the host.
+_STEPS_CUDA = 4
 
 State = TypeVar("State", bound=Any)
 
@@ -61,6 +63,7 @@ class Lanes(Generic[State]):
         lanes = most if self.fixed else min(FEWEST, most)
         while lanes < min(self.n_items, most):
             lanes *= 2
+        self.steps = 1 if starts.device.type == "cpu" else _STEPS_CUDA
         first = torch.zeros(lanes, dtype=torch.long, device=starts.device)
         self.item = torch.full_like(first, -1)
         self.voxels = problem.voxels.take(first)
@@ -84,7 +87,8 @@ class Lanes(Generic[State]):
                         return ends
                     if not self.fixed:
                         self._shrink(n_running)
-            self.state = self.advance(self.state, self.voxels)
+            for _ in range(self.steps):
+                self.state = self.advance(self.state, self.voxels)
 
     def _flush(self, idle: Tensor, ends: Ends) -> None:
         """Store the lanes that have finished."""
