@@ -106,7 +106,9 @@ def surrogate_start(
         torch.log(tr),
     )
     nothing = torch.zeros_like(phase)
-    return Start(torch.stack(features), torch.stack((log_size, phase, nothing, nothing)), ideal)
+    base = torch.stack((log_size, phase, nothing, nothing))
+    ideal = (1 - fraction) * signals[0], fraction * signals[1]
+    return Start(torch.stack(features), base, ideal)
 
 
 def _recovery(signal: Tensor, angle: Tensor) -> Tensor:
