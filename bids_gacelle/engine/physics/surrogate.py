@@ -179,14 +179,14 @@ class Surrogate:
         self.increment = float(increment)
         with np.load(WEIGHTS) as file:
             names = sorted(n for n in file.files if n.startswith(f"{increment:g}/weight"))
-            self._arrays = [(file[n], file[n.replace("weight", "bias")]) for n in names]
+            self._layers = tuple(
+                (torch.from_numpy(file[n]), torch.from_numpy(file[n.replace("weight", "bias")]))
+                for n in names
+            )
 
     def layers(self, like: Tensor) -> Layers:
         """Return weights (out, in) and biases of all layers on the device of a tensor."""
-        return tuple(
-            (torch.as_tensor(weight).to(like), torch.as_tensor(bias).to(like))
-            for weight, bias in self._arrays
-        )
+        return tuple((weight.to(like), bias.to(like)) for weight, bias in self._layers)
 
     def __call__(
         self,
