@@ -394,7 +394,9 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-def write(out: Path, arrays: dict[str, np.ndarray], options: argparse.Namespace) -> None:
+def write(
+    out: Path, arrays: dict[str, np.ndarray], options: argparse.Namespace, commit: str
+) -> None:
     """Write weights and card."""
     np.savez(out / "surrogate.npz", **arrays)  # type: ignore[arg-type]
     card = {
@@ -410,7 +412,7 @@ def write(out: Path, arrays: dict[str, np.ndarray], options: argparse.Namespace)
             key: getattr(options, key)
             for key in ("cases", "minutes", "batch", "rate", "width", "depth", "seed")
         }
-        | {"device": options.device, "torch": torch.__version__, "commit": _commit()},
+        | {"device": options.device, "torch": torch.__version__, "commit": commit},
     }
     (out / "surrogate.json").write_text(json.dumps(card, indent=1) + "\n")
     for increment, where in card["errors"].items():  # type: ignore[attr-defined]
@@ -439,12 +441,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Simulate, train, and write weights and card."""
     options = parser().parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    began, commit = time.monotonic(), _commit()
     cases = all_cases(options.cases, options.seed, torch.device(options.device))
     print(f"simulated in {time.monotonic() - began:.0f} s", flush=True)
     cases, mean, deviation = standardise(cases)
     parameters = train(cases, options.out, options)
-    write(options.out, folded(parameters, mean, deviation), options)
+    write(options.out, folded(parameters, mean, deviation), options, commit)
 
 
 if __name__ == "__main__":
