@@ -127,7 +127,8 @@ def truncation_order(
 ) -> Tensor:
     """Return how many orders each case needs, rounded up to about a power of 2^(1/4).
 
-    Echoes of higher orders than that are below the tolerance.
+    Echoes of higher orders than that are below the tolerance. As pulses weaken them too, what is
+    really lost is usually ten times less or better.
     """
     slow = exchange_modes(fraction, r2_free, r2_myelin, exchange).slow
     bound = (-math.log(tolerance) / (2 * tr * slow)).clamp_min(1)
