@@ -188,14 +188,17 @@ def _last(train: _Train, orders: int) -> Symmetric:
 
 def _line(train: _Train, k: int, echo: Symmetric) -> Symmetric:
     """Return the inverse of X_k from (X_{k+1} + Y_{k+1})^-1."""
-    phase = (2 * k + 1) * train.increment
-    turn = complex(math.cos(phase), math.sin(phase))
+    turn = _unit((2 * k + 1) * train.increment)
     slow, both, fast = train.decay
     return (
         1 - (turn * slow) * (1 - echo[0]),
         (turn * both) * echo[1],
         1 - (turn * fast) * (1 - echo[2]),
     )
+
+
+def _unit(phase: float) -> complex:
+    return complex(math.cos(phase), math.sin(phase))
 
 
 def _pulse(train: _Train, k: int) -> tuple[Tensor, Tensor]:
