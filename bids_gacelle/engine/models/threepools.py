@@ -84,7 +84,7 @@ FRACTIONS = (
         "IWF",
         "1",
         "Intra-axonal share of the water outside of myelin",
-        bounds=(0.0, 1.0),
+        bounds=(0.01, 0.99),
         start=(0.3, 0.9),
         window=(0.0, 1.0),
     ),
