@@ -123,8 +123,9 @@ class SignalModel(ABC):
     voxel_inputs, input_defaults
         Names of maps the signal depends on (such as b1), and the value when none is given. Those
         that an instance has may depend on its options.
-    inputs_from_zero
-        Names of voxel inputs that may be 0; others are positive.
+    input_limits
+        Least and largest value of voxel inputs that may be 0 or have an upper limit; the others
+        are positive. A voxel with another value is unusable.
     options, choices
         Constructor options with their defaults, whose type they keep; allowed values of those
         that have few. An instance has its values as attributes (unless there is a method of that
@@ -160,7 +161,7 @@ class SignalModel(ABC):
     minimum_echo_times: ClassVar[int] = 1
     voxel_inputs: tuple[str, ...] = ()
     input_defaults: dict[str, float] = {}  # noqa: RUF012
-    inputs_from_zero: ClassVar[tuple[str, ...]] = ()
+    input_limits: dict[str, tuple[float, float]] = {}  # noqa: RUF012
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     required: ClassVar[tuple[str, ...]] = ()
