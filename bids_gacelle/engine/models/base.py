@@ -57,6 +57,9 @@ class Parameter:
         Display window (None: from the data) and matplotlib colour map.
     suffix
         Official BIDS suffix of the map ("R2starmap"), or "".
+    compartment
+        Which of several compartments a map of this suffix is about ("MW"), for its file name; ""
+        where there is one.
     coordinate
         "linear", or "log" when the solver works on the logarithm.
     amplitude
@@ -74,6 +77,7 @@ class Parameter:
     window: tuple[float, float] | None = None
     colormap: str = "viridis"
     suffix: str = ""
+    compartment: str = ""
     coordinate: Literal["linear", "log"] = "linear"
     amplitude: bool = False
 
@@ -124,10 +128,15 @@ class SignalModel(ABC):
     minimum_echo_times
         Smallest number of different echo times that a dwi series must have, or one flip angle.
     voxel_inputs, input_defaults
-        Names of maps the signal depends on (such as b1), and the value when none is given.
+        Names of maps the signal depends on (such as b1), and the value when none is given. Those
+        that an instance has may depend on its options.
+    input_limits
+        Least and largest value of voxel inputs that may be 0 or have an upper limit; the others
+        are positive. A voxel with another value is unusable.
     options, choices
         Constructor options with their defaults, whose type they keep; allowed values of those
-        that have few. An instance has its values as attributes.
+        that have few. An instance has its values as attributes (unless there is a method of that
+        name), and all of them in `chosen`.
     option_limits
         Least and largest value of options that are numbers with a limit.
     required
@@ -155,13 +164,14 @@ class SignalModel(ABC):
     kind: ClassVar[Literal["megre", "vfa", "dwi"]]
     datatype: ClassVar[Literal["anat", "dwi"]]
     bare_names: ClassVar[bool] = False
-    signed: ClassVar[bool] = False
+    signed: bool = False
     needs_diffusion_times: ClassVar[bool] = False
     minimum_measurements: ClassVar[int] = 1
     minimum_flip_angles: ClassVar[int] = 1
     minimum_echo_times: ClassVar[int] = 1
-    voxel_inputs: ClassVar[tuple[str, ...]] = ()
-    input_defaults: ClassVar[dict[str, float]] = {}
+    voxel_inputs: tuple[str, ...] = ()
+    input_defaults: dict[str, float] = {}  # noqa: RUF012
+    input_limits: dict[str, tuple[float, float]] = {}  # noqa: RUF012
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     option_limits: ClassVar[dict[str, tuple[float, float]]] = {}
@@ -186,8 +196,10 @@ class SignalModel(ABC):
                 f"{self.name} needs a {expected.__name__}, got {type(scheme).__name__}."
             )
         self.check_options(options)
-        for name, default in self.options.items():
-            setattr(self, name, options.get(name, default))
+        self.chosen = {**self.options, **options}
+        for name, value in self.chosen.items():
+            if not callable(getattr(type(self), name, None)):  # the option "signal" is no method
+                setattr(self, name, value)
         missing = [column for column in self.required if getattr(scheme, column) is None]
         if missing:
             raise EngineError(f"{self.name} needs {' and '.join(missing)} in its acquisition.")
@@ -197,7 +209,6 @@ class SignalModel(ABC):
                 f"(echoes, flip angles or shells), got {len(scheme)}."
             )
         self.scheme = scheme
-        self.chosen = {**self.options, **options}
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self.compiled: dict[Hashable, Any] = {}  # what kernels keep for further fits
 
@@ -256,6 +267,11 @@ class SignalModel(ABC):
             There are too few of them.
         """
         return None
+
+    @classmethod
+    def needed_inputs(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the voxel inputs that a model with these options cannot be fitted without."""
+        return ()
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
