@@ -22,6 +22,7 @@ CHOICES = {
     "loss": ("l2", "l1", "huber"),
     "prior": ("weak",),
     "precision": ("float32", "float64"),
+    "phase_sign": ("positive", "negative"),
 }
 """What settings of a few fixed values can be (None where a setting may be left out)."""
 
@@ -58,6 +59,7 @@ class Settings:
     scheme_file: Path | None = None
     write_scheme: bool = False
     b0_threshold: float = 100.0
+    phase_sign: str = "positive"
     assume_ms: tuple[str, ...] = ()
     solver: str = "lm"
     noise: str = "gaussian"

@@ -130,6 +130,9 @@ class SignalModel(ABC):
         that have few. An instance has its values as attributes.
     required
         Columns the acquisition must have.
+    plausibility
+        Of a model of gradient echoes, the rules (`prepare.echoes.RULES`) by which voxels are
+        flagged unless told otherwise.
     has_closed_form
         Whether the model gives a `closed_form`; set by itself.
     starts
@@ -163,6 +166,7 @@ class SignalModel(ABC):
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     required: ClassVar[tuple[str, ...]] = ()
+    plausibility: ClassVar[tuple[str, ...]] = ()
     starts: ClassVar[int] = 1
     compile_from: ClassVar[int] = 300_000
     has_closed_form: ClassVar[bool] = False
