@@ -123,11 +123,13 @@ class SignalModel(ABC):
     voxel_inputs, input_defaults
         Names of maps the signal depends on (such as b1), and the value when none is given. Those
         that an instance has may depend on its options.
-    inputs_from_zero
-        Names of voxel inputs that may be 0; others are positive.
+    input_limits
+        Least and largest value of voxel inputs that may be 0 or have an upper limit; the others
+        are positive. A voxel with another value is unusable.
     options, choices
         Constructor options with their defaults, whose type they keep; allowed values of those
-        that have few. An instance has its values as attributes.
+        that have few. An instance has its values as attributes (unless there is a method of that
+        name), and all of them in `chosen`.
     required
         Columns the acquisition must have.
     plausibility
@@ -162,7 +164,7 @@ class SignalModel(ABC):
     minimum_echo_times: ClassVar[int] = 1
     voxel_inputs: tuple[str, ...] = ()
     input_defaults: dict[str, float] = {}  # noqa: RUF012
-    inputs_from_zero: ClassVar[tuple[str, ...]] = ()
+    input_limits: dict[str, tuple[float, float]] = {}  # noqa: RUF012
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     required: ClassVar[tuple[str, ...]] = ()
@@ -187,8 +189,10 @@ class SignalModel(ABC):
                 f"{self.name} needs a {expected.__name__}, got {type(scheme).__name__}."
             )
         self.check_options(options)
-        for name, default in self.options.items():
-            setattr(self, name, options.get(name, default))
+        self.chosen = {**self.options, **options}
+        for name, value in self.chosen.items():
+            if not callable(getattr(type(self), name, None)):  # the option "signal" is no method
+                setattr(self, name, value)
         missing = [column for column in self.required if getattr(scheme, column) is None]
         if missing:
             raise EngineError(f"{self.name} needs {' and '.join(missing)} in its acquisition.")
@@ -198,7 +202,6 @@ class SignalModel(ABC):
                 f"(echoes, flip angles or shells), got {len(scheme)}."
             )
         self.scheme = scheme
-        self.chosen = {**self.options, **options}
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self.compiled: dict[Hashable, Any] = {}  # what kernels keep for further fits
 
