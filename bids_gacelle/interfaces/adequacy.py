@@ -15,6 +15,7 @@ from bids_gacelle.engine.scheme import Scheme
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.models import model_class
 from bids_gacelle.interfaces.prepare import acquired, measurements_of, options_of
+from bids_gacelle.interfaces.units import MapUnit, map_units
 from bids_gacelle.settings import Settings
 
 MOST_VOXELS = 50_000
@@ -111,6 +112,7 @@ def protocol_adequacy(
     noise = _noise(model, measured, rows)
     assumed = noise is None
     sigma = adequacy.assumed_sigma(model) if noise is None else noise
+    units = map_units(model)
     shared = not assumed and "scale_sigma" in measured
     scale = _median(measured["scale_sigma"]) if shared else None
     groups = np.asarray(measured["scale_group"])[rows] if shared else None
@@ -121,6 +123,7 @@ def protocol_adequacy(
         scale_group=None if groups is None else groups[: model.n_measurements],
         prior=settings.prior,
     )
+    found = [_in_map_unit(row, units) for row in found]
     snr = adequacy.image_snr(model, sigma)
     return {
         "snr": float(f"{snr:.3g}"),
@@ -130,6 +133,15 @@ def protocol_adequacy(
         ),
         "expected": [_plain(vars(row)) for row in found],
     }
+
+
+def _in_map_unit(row: adequacy.Expectation, units: dict[str, MapUnit]) -> adequacy.Expectation:
+    """What is expected of a quantity, in the unit of its map."""
+    unit, factor = units[row.parameter]
+    if factor == 1:
+        return row
+    value, sd, posterior = (factor * v for v in (row.value, row.sd, row.posterior_sd))
+    return replace(row, unit=unit, value=value, sd=sd, posterior_sd=posterior)
 
 
 def _noise(model: SignalModel, measured: dict[str, Any], rows: Any) -> np.ndarray | None:

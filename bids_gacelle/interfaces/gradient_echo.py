@@ -84,6 +84,7 @@ def prepare_gradient_echo(
         except EngineError as error:
             raise InputError(f"sub-{series.subject} {series.label}: {error}") from error
         prepared["warnings"] = found.warnings
+        prepared["phase_unit"] = collected["phase_unit"]
         prepared["complex"] = {
             "signals": save(cwd / "complex_signals.npy", found.signals),
             "field": save(cwd / "field.npy", found.field),

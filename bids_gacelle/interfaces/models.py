@@ -166,6 +166,7 @@ def check_options(
 def needs_of(name: str, settings: Settings) -> ModelNeeds:
     """What discovery must find for a model."""
     model = model_class(name, settings)
+    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
     return ModelNeeds(
         name=name,
         kind=model.kind,
@@ -173,9 +174,15 @@ def needs_of(name: str, settings: Settings) -> ModelNeeds:
         minimum_measurements=model.minimum_measurements,
         minimum_echo_times=model.minimum_echo_times,
         takes_gradient_deviation="bscale" in model.voxel_inputs,
-        columns=model.required,
-        voxel_inputs=model.voxel_inputs,
+        columns=(*model.required, *_spoiling(model, own)),
+        voxel_inputs=(*model.voxel_inputs, *model.needed_inputs(own)),
     )
+
+
+def _spoiling(model: type[SignalModel], own: Mapping[str, Any]) -> tuple[str, ...]:
+    """The column of RF spoiling where the signal depends on it and no option stands in for it."""
+    depends = "spoiling_increment" in model.options and own.get("steady_state") != "ideal"
+    return ("spoiling_increment",) if depends and "spoiling_increment" not in own else ()
 
 
 def describe_models() -> str:

@@ -22,6 +22,7 @@ from bids_gacelle.interfaces.fit import FittedInputSpec, build_model, load_fit
 from bids_gacelle.interfaces.plots import ALL_VOXELS, decays, gradient_table, obtained_sd
 from bids_gacelle.interfaces.prepare import scheme_from_json
 from bids_gacelle.interfaces.rois import scatter, tissue_voxels
+from bids_gacelle.interfaces.units import map_unit
 from bids_gacelle.settings import Settings
 
 OUTSIDE = 1
@@ -72,7 +73,7 @@ class WriteMaps(Step):
 
     def _write_parameter(self, parameter: Any) -> dict[str, Any]:
         """Write a parameter's map and standard deviation; its entry of the manifest."""
-        written = {}
+        written, unit = {}, map_unit(parameter, self._model)
         for statistic, key in (("", f"map_{parameter.name}"), ("std", f"std_{parameter.name}")):
             path = names.map_path(
                 self._series,
@@ -81,14 +82,15 @@ class WriteMaps(Step):
                 statistic=statistic,
                 suffix=parameter.suffix,
                 bare=self._model.bare_names,
+                compartment=parameter.compartment,
                 datatype=self._model.datatype,
             )
-            values = scatter(self._fit[key], self._mask, np.nan)
+            values = scatter(self._fit[key] * np.float32(unit.factor), self._mask, np.nan)
             about = sidecar.map_sidecar(
                 self._record,
                 parameter=parameter.name,
                 description=parameter.description,
-                unit=parameter.unit,
+                unit=unit.unit,
                 statistic=statistic,
             )
             self._write_image(path, values, about, keep_nan=bool(statistic))
@@ -96,12 +98,12 @@ class WriteMaps(Step):
         return {
             "name": parameter.name,
             "label": parameter.description,
-            "unit": parameter.unit,
+            "unit": unit.unit,
             "file": written[""],
             "std": written["std"],
-            "window": None if parameter.window is None else list(parameter.window),
+            "window": None if parameter.window is None else list(unit.pair(parameter.window)),
             "colormap": parameter.colormap,
-            "bounds": [float(b) if np.isfinite(b) else None for b in parameter.bounds],
+            "bounds": [b if np.isfinite(b) else None for b in unit.pair(parameter.bounds)],
             "at_bound": self.inputs.fitted["settings"]["at_bound"].get(parameter.name),
         }
 
