@@ -250,7 +250,8 @@ def methods_text(series: Series, model: Any, fitted: dict[str, Any], mask: dict[
     noise_maps = [run.noise_map for run in series.dwi_runs]
     if done.get("sigma") == "given" and noise_maps and all(noise_maps):
         sigma = "the noise map"
-    b1 = " Flip angles were corrected with the B1 map." if series.b1_map is not None else ""
+    has_b1 = series.b1_map is not None and "b1" in model.voxel_inputs
+    b1 = " Flip angles were corrected with the B1 map." if has_b1 else ""
     if series.gradient_deviation is not None and "bscale" in model.voxel_inputs:
         b1 = " The b-values of each voxel were corrected for gradient nonlinearity."
     deviations = done.get("note") or (
@@ -288,8 +289,8 @@ def _images_text(series: Series, model: Any) -> str:
         text = f"{n} {part} images of spoiled gradient echoes at {flips} flip angles"
     if is_complex:
         text += (
-            " (the field of each flip angle and one initial phase, estimated from the echoes, were "
-            "taken out before)"
+            " (the field of each flip angle and one initial phase, estimated from the echoes, "
+            "were taken out before)"
         )
     return text
 
