@@ -13,7 +13,7 @@ from bids_gacelle.bids.series import Finding, Job, Series
 from bids_gacelle.engine import EngineError, SignalModel, adequacy
 from bids_gacelle.engine.scheme import Scheme
 from bids_gacelle.errors import InputError
-from bids_gacelle.interfaces.models import get_model, model_class
+from bids_gacelle.interfaces.models import model_class
 from bids_gacelle.interfaces.prepare import acquired, measurements_of, options_of
 from bids_gacelle.interfaces.units import MapUnit, map_units
 from bids_gacelle.settings import Settings
@@ -81,8 +81,6 @@ class _Judge:
             return None
         try:
             own = options_of(job.model, self.settings, self._acquired)
-            if lacking := missing_inputs(job.model, own, job.series):
-                return Doubt(lacking, can_be_fitted=False)
             _, scheme, _ = measurements_of(job.model, self.settings, self._acquired)
         except (EngineError, InputError) as error:
             return Doubt(str(error).rstrip("."), can_be_fitted=False)
@@ -97,21 +95,6 @@ class _Judge:
         except EngineError as error:
             return Doubt(str(error).rstrip("."), can_be_fitted=False)
         return Doubt(lost, can_be_fitted=True) if lost else None
-
-
-def missing_inputs(name: str, own: dict[str, Any], series: Series) -> str:
-    """Which maps a model cannot be fitted without and a series does not have; "" if none."""
-    given = {*series.voxel_maps} | ({"b1"} if series.b1_map else set())
-    if "fo" in given:
-        given.add("theta")
-    needed = get_model(name).needed_inputs(own)
-    lacking = [n for n in needed if not {n, n.rstrip("0123456789")} & given]
-    if not lacking:
-        return ""
-    return (
-        f"{name} with these options needs a map of {' and '.join(lacking)}, and there is none: "
-        f"give it with --voxel-map {lacking[0].rstrip('0123456789')}=PATH"
-    )
 
 
 def protocol_adequacy(

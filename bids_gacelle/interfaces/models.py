@@ -67,7 +67,8 @@ def model_class(name: str, settings: Settings) -> type[SignalModel]:
     model = get_model(name)
     if not settings.fit_undetermined:
         return model
-    return type(model.__name__, (model,), {"minimum_measurements": 1})
+    relaxed = {"minimum_measurements": 1, "minimum_flip_angles": 1}
+    return type(model.__name__, (model,), relaxed)
 
 
 def select_models(names: Iterable[str], solver: str = "lm") -> tuple[str, ...]:
@@ -172,17 +173,14 @@ def needs_of(name: str, settings: Settings) -> ModelNeeds:
         kind=model.kind,
         needs_diffusion_times=model.needs_diffusion_times,
         minimum_measurements=model.minimum_measurements,
+        minimum_flip_angles=model.minimum_flip_angles,
         minimum_echo_times=model.minimum_echo_times,
         takes_gradient_deviation="bscale" in model.voxel_inputs,
-        columns=(*model.required, *_spoiling(model, own)),
-        voxel_inputs=(*model.voxel_inputs, *model.needed_inputs(own)),
+        columns=model.required,
+        voxel_inputs=model.voxel_inputs,
+        needed_inputs=model.needed_inputs(own),
+        default_spoiling=(model.options | own).get("spoiling_increment"),
     )
-
-
-def _spoiling(model: type[SignalModel], own: Mapping[str, Any]) -> tuple[str, ...]:
-    """The column of RF spoiling where the signal depends on it and no option stands in for it."""
-    depends = "spoiling_increment" in model.options and own.get("steady_state") != "ideal"
-    return ("spoiling_increment",) if depends and "spoiling_increment" not in own else ()
 
 
 def describe_models() -> str:
