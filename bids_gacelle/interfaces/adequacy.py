@@ -109,7 +109,7 @@ def protocol_adequacy(
         well), expected (a row for each tissue and quantity; None where there is no number).
     """
     measured, _, rows = measurements_of(model.name, settings, prepared)
-    noise = _noise(model, measured, rows)
+    noise = _noise(model, prepared, measured, rows)
     assumed = noise is None
     sigma = adequacy.assumed_sigma(model) if noise is None else noise
     units = map_units(model)
@@ -144,16 +144,24 @@ def _in_map_unit(row: adequacy.Expectation, units: dict[str, MapUnit]) -> adequa
     return replace(row, unit=unit, value=value, sd=sd, posterior_sd=posterior)
 
 
-def _noise(model: SignalModel, measured: dict[str, Any], rows: Any) -> np.ndarray | None:
+def _noise(
+    model: SignalModel, prepared: dict[str, Any], measured: dict[str, Any], rows: Any
+) -> np.ndarray | None:
     """Median noise of each measurement over the voxels; None where it is not known.
 
-    It is infinite for measurements that are left out.
+    It is infinite for measurements that are left out, and relative to the largest signal of
+    gradient echoes, which are in a unit of their own.
     """
+    if model.kind != "dwi":
+        if "noise_level" not in prepared:
+            return None
+        largest = float(_median(measured["signals"])[rows].max())
+        if not largest > 0:
+            return None
+        return np.full(model.n_measurements, prepared["noise_level"] / largest)
     if not measured["sigma"]:
         return None
     sigma = _median(measured["sigma"])[rows][: model.n_measurements]
-    if model.kind != "dwi":  # images in a unit of their own
-        sigma = sigma / _median(measured["signals"]).max()
     return sigma if (sigma > 0).all() else None
 
 
