@@ -26,7 +26,7 @@ RULES = {
 """Rules of plausibility, and what breaks them."""
 
 _TINY = np.finfo(np.float32).tiny
-_FEWEST = 500  # voxels
+_FEWEST = 500  # values that tell a noise level
 _FEWEST_ECHOES = 3
 # Quartiles of a Rayleigh distribution over sigma, and how far their ratio may be off.
 _MEDIAN, _QUARTILES, _TOLERANCE = np.sqrt(2 * np.log(2)), np.sqrt(np.log(4) / np.log(4 / 3)), 0.1
@@ -154,7 +154,7 @@ def scatter_sigma(demodulated: Demodulated, scheme: GradientEchoScheme) -> float
     if not degrees:
         return None
     known = np.asarray(squares)[np.isfinite(squares) & (np.asarray(squares) > 0)]
-    if known.size < _FEWEST:
+    if known.size * degrees < _FEWEST:
         return None
     # median of chi-square (Wilson and Hilferty 1931)
     return float(np.sqrt(np.median(known) / (degrees * (1 - 2 / (9 * degrees)) ** 3)))
