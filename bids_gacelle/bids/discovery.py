@@ -370,12 +370,26 @@ def _skipped(series: Series, model: str, problem: MetadataError) -> Finding:
     """ERROR: why a model is not fitted to a series that is there."""
     message = f"{_place(series)} {series.label} model {model} skipped: {problem}"
     return Finding(
-        "error", message, series.subject, series.session, model, problem.file, problem.field
+        "error",
+        message,
+        series.subject,
+        series.session,
+        model,
+        problem.file,
+        problem.field,
+        series.label,
     )
 
 
 def _finding(severity: Severity, series: Series, message: str) -> Finding:
-    return Finding(severity, message, series.subject, series.session, file=series.images[0])
+    return Finding(
+        severity,
+        message,
+        series.subject,
+        series.session,
+        file=series.images[0],
+        series=series.label,
+    )
 
 
 def _place(series: Series) -> str:
