@@ -121,7 +121,12 @@ def test_a_fit_of_typical_tissue_reports_what_was_expected(name, options):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [(name, options) for name, options in ALL_MODELS if name in THREE_POOLS]
+    ("name", "options"),
+    [
+        (name, options)
+        for name, options in ALL_MODELS
+        if name in THREE_POOLS and options.get("signal") != "magnitude"
+    ],
 )
 def test_complex_measurements_of_three_pools_have_their_cramer_rao_bound(name, options):
     """The root of the diagonal of (J^T J / sigma^2)^-1, J by differences in double precision."""
@@ -135,12 +140,6 @@ def test_complex_measurements_of_three_pools_have_their_cramer_rao_bound(name, o
         columns.append(((ends[0] - ends[1]) / (2 * step)).numpy())
     jacobian = np.stack(columns, axis=1)
     scale = np.linalg.norm(jacobian, axis=0)
-    if np.linalg.cond(jacobian / scale) > 1e5:
-        assert {e.verdict for e in found.values()} <= {
-            "",
-            adequacy.UNDETERMINED,
-        } or not model.signed
-        return
     inverse = np.linalg.inv((jacobian / scale).T @ (jacobian / scale))
     bound = sigma * np.sqrt(np.diag(inverse)) / scale
     for p, sd in zip(model.parameters, bound, strict=True):
