@@ -11,9 +11,9 @@ from nibabel.spatialimages import SpatialImage
 from nipype.interfaces.base import TraitedSpec, traits
 
 from bids_gacelle.bids.gradients import read_gradients
-from bids_gacelle.bids.series import SecondPart, Series, series_from_json
+from bids_gacelle.bids.series import Series, series_from_json
 from bids_gacelle.engine import EngineError
-from bids_gacelle.engine.prepare import PhaseScale, phase_scale
+from bids_gacelle.engine.prepare import phase_scale
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
 from bids_gacelle.interfaces.gradient_echo import uses_phases
@@ -26,7 +26,8 @@ from bids_gacelle.spatial.motion import displacement
 
 class _CollectOutputSpec(TraitedSpec):
     collected = traits.Dict(
-        desc="volumes, phases, reference (paths), reference_label, phase_unit, warnings, digests"
+        desc="volumes, phases, reference (paths), reference_label, phase_unit or phase_error, "
+        "warnings, digests"
     )
 
 
@@ -47,13 +48,14 @@ class Collect(Step):
         image = loaded[0][0]
         volumes = _stacked([data for _, data in loaded])
         warnings: list[str] = []
-        phases = unit = ""
+        phases: dict[str, str] = {}
         if series.second is not None and (
             uses_phases(series, settings) or series.second.part == "imag"
         ):
-            volumes, turned, unit, warnings = _complex(series, volumes)
-            phases = str(cwd / "phases.npy")
-            np.save(phases, turned)
+            volumes, turned, phases, warnings = _complex(series, volumes)
+            if turned is not None:
+                np.save(cwd / "phases.npy", turned)
+                phases["phases"] = str(cwd / "phases.npy")
         label, compared = _anatomy(series, volumes, settings.b0_threshold)
         reference = nib.Nifti1Image(compared[0][1], image.affine, image.header)
         nib.save(reference, cwd / "reference.nii.gz")
@@ -68,8 +70,7 @@ class Collect(Step):
         return {
             "collected": {
                 "volumes": str(cwd / "volumes.npy"),
-                "phases": phases,
-                "phase_unit": unit,
+                **phases,
                 "reference": str(cwd / "reference.nii.gz"),
                 "reference_label": label,
                 "warnings": warnings,
@@ -133,10 +134,13 @@ def _stacked(images: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32, copy=False)
 
 
-def _complex(series: Series, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
-    """Magnitudes and phases in rad of complex images, the unit of the phase, and doubts about it.
+def _complex(
+    series: Series, volumes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None, dict[str, str], list[str]]:
+    """Magnitudes and phases in rad of complex images, what to say of the phases, and doubts.
 
-    The phases are those of the scanner: nothing is said of their sign.
+    The phases are those of the scanner: nothing is said of their sign. Without a known scale
+    there are none, and ``phase_error`` says why.
     """
     second = series.second
     assert second is not None
@@ -145,33 +149,24 @@ def _complex(series: Series, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarra
         raise InputError(
             f"{second.images[0]} and the other {second.part} images have the shape "
             f"{others.shape[1:]}, the images beside them {volumes.shape[1:]}; convert them again, "
-            f"or pass --ignore phase."
+            "or pass --ignore phase."
         )
     if second.part == "imag":
-        return np.hypot(volumes, others), np.arctan2(others, volumes), "", []
-    scale, warnings = _phase_scale(series, second, others, volumes)
-    others -= np.float32(scale.zero)
-    others *= np.float32(scale.factor)
-    return volumes, others, scale.text, warnings
-
-
-def _phase_scale(
-    series: Series, second: SecondPart, phases: np.ndarray, magnitudes: np.ndarray
-) -> tuple[PhaseScale, list[str]]:
-    """How the phases become radians, said in the log."""
+        return np.hypot(volumes, others), np.arctan2(others, volumes), {}, []
     # a background that was masked has the phase 0, or the lowest integer
-    inside = [phase[magnitude > 0] for phase, magnitude in zip(phases, magnitudes, strict=True)]
+    inside = [phase[magnitude > 0] for phase, magnitude in zip(others, volumes, strict=True)]
+    names = f"{Path(second.images[0]).name}, ..."
     try:
         scale = phase_scale(inside, second.units)
     except EngineError as error:
-        raise InputError(
-            f"{second.images[0]}: {error}. --ignore phase fits the magnitudes alone."
-        ) from error
-    said = f"the phase images {Path(second.images[0]).name}, ... are taken for {scale.text}"
-    if scale.assumed:
-        return scale, [said]
-    LOGGER.info("sub-%s %s: %s", series.subject, series.label, said)
-    return scale, []
+        problem = f"the phase images {names} cannot be used: {error}"
+        return volumes, None, {"phase_error": problem}, [f"{problem}. Magnitudes alone are fitted"]
+    said = f"the phase images {names} are taken for {scale.text}"
+    if not scale.assumed:  # else a warning
+        LOGGER.info("sub-%s %s: %s", series.subject, series.label, said)
+    others -= np.float32(scale.zero)
+    others *= np.float32(scale.factor)
+    return volumes, others, {"phase_unit": scale.text}, [said] if scale.assumed else []
 
 
 def _anatomy(

@@ -76,8 +76,8 @@ def prepare_gradient_echo(
         "warnings": [],
     }
     found = None
-    if not uses_phases(series, settings):
-        prepared["complex_error"] = no_phases(settings)
+    if lacking := _lacks_phases(collected, scheme, settings):
+        prepared["complex_error"] = lacking
     else:
         phases = np.load(collected["phases"], mmap_mode="r")[:, mask]
         sign = -1j if settings.phase_sign == "negative" else 1j
@@ -86,7 +86,7 @@ def prepare_gradient_echo(
         except EngineError as error:
             raise InputError(f"sub-{series.subject} {series.label}: {error}") from error
         prepared["warnings"] = found.warnings
-        prepared["phase_unit"] = collected["phase_unit"]
+        prepared["phase_unit"] = collected.get("phase_unit", "")
         prepared["complex"] = {
             "signals": save(cwd / "complex_signals.npy", found.signals),
             "field": save(cwd / "field.npy", found.field),
@@ -103,6 +103,17 @@ def prepare_gradient_echo(
             sigma = np.broadcast_to(np.float32(level), magnitudes.shape)
             prepared["sigma"] = save(cwd / "sigma.npy", sigma)
     return prepared
+
+
+def _lacks_phases(
+    collected: dict[str, Any], scheme: GradientEchoScheme, settings: Settings
+) -> str:
+    """Why there are no complex signals, "" if there are."""
+    if "phases" not in collected or "phase" in settings.ignore:
+        return str(collected.get("phase_error") or no_phases(settings))
+    if scheme.echo_time is None:
+        return "the flip angles have one echo each, which does not tell field and phase apart"
+    return ""
 
 
 def save(path: Path, array: np.ndarray) -> str:

@@ -108,12 +108,21 @@ def test_real_and_imaginary_parts_and_the_other_sign(root):
     assert about(out, "model-r2star_param-freqbkg_anatmap")["Units"] == "Hz"
 
 
-def test_units_that_cannot_be_are_refused(root):
+@pytest.mark.parametrize("signal", ["magnitude", "complex"])
+def test_units_that_cannot_be_leave_the_magnitudes(root, signal):
     add_complex(root, "MEGRE", ECHOES)
     rescale(root, lambda p: p, "deg")
-    out = run(root, "--models", "r2star", code=1)
+    code = 1 if signal == "complex" else 0
+    out = run(root, "--models", "r2star", "--set", f"r2star.signal={signal}", code=code)
     assert "as radians do; correct Units in the sidecars" in log_of(out)
-    assert "--ignore phase" in log_of(out)
+    said = "r2star: signal=complex was asked for, but the phase images" in log_of(out)
+    assert said is (signal == "complex")
+
+
+def test_phases_of_single_echoes_are_of_no_use_and_do_no_harm(root):
+    add_complex(root, "VFA", flip_angles(mwf=0.0, n=1))
+    out = run(root, "--models", "despot1")
+    assert abs(np.median(values(out, "R1map")[INSIDE]) - 1) < 0.02
 
 
 def test_a_missing_phase_leaves_the_magnitudes_and_is_said(root):
