@@ -220,6 +220,9 @@ def _acquisition(record: FitRecord) -> dict[str, Any]:
     # BIDS allows this field one number only
     key = "RepetitionTimeExcitation" + ("PerImage" if isinstance(repetition, list) else "")
     found[key] = repetition
+    if series.field_strength is not None:
+        found["MagneticFieldStrength"] = _constant(series.field_strength)
+    found["SpoilingRFPhaseIncrement"] = _constant(series.spoiling_increment)
     if record.shells is not None:
         shells = {name: _listed(values) for name, values in record.shells.items()}
         found["BValues"] = shells.get("b")
