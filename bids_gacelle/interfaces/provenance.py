@@ -172,17 +172,21 @@ def echoes_of(
     done = fitted["settings"].get("echoes", {})
     found["EchoWeights"] = done.get("weighting")
     found["ImplausibleVoxels"] = done.get("implausible")
-    increment = series.spoiling_increment
-    if increment is not None:
+    if (increment := spoiling(series, model)) is not None:
         found["SpoilingRFPhaseIncrement"] = increment.values[0]
         found["SpoilingRFPhaseIncrementSource"] = _entry("", increment, "")["sources"][0]
-    elif "spoiling_increment" in model.options:
-        found["SpoilingRFPhaseIncrement"] = model.chosen["spoiling_increment"]
-        found["SpoilingRFPhaseIncrementSource"] = "assumed (option of the model)"
     if series.b1_map is not None and "b1" in model.voxel_inputs:
         found["B1Map"] = bids_uri(series.b1_map.image, datasets)
         found["B1MapFactor"] = series.b1_map.factor
     return found
+
+
+def spoiling(series: Series, model: Any) -> Sourced | None:
+    """The increment of the RF phase: that of the series, or what the model takes instead."""
+    if series.spoiling_increment is not None or "spoiling_increment" not in model.options:
+        return series.spoiling_increment
+    value = float(model.chosen["spoiling_increment"])
+    return Sourced((value,), "degrees", ("assumed (option of the model)",))
 
 
 _SIGNS = {"positive": "grows", "negative": "falls"}
@@ -196,7 +200,7 @@ def acquisition(series: Series, model: Any) -> list[dict[str, Any]]:
             "FlipAngle": (series.flip_angle, "degrees"),
             "RepetitionTimeExcitation": (series.repetition_time, "s"),
             "MagneticFieldStrength": (series.field_strength, "T"),
-            "SpoilingRFPhaseIncrement": (series.spoiling_increment, "degrees"),
+            "SpoilingRFPhaseIncrement": (spoiling(series, model), "degrees"),
         }
         found = [_entry(k, v, unit) for k, (v, unit) in fields.items() if v is not None]
         if series.b1_map is not None:
