@@ -77,6 +77,8 @@ class FitModel(Step):
             model, data = build_model(name, settings, prepared)
             if said := fallback(name, settings, prepared):
                 LOGGER.warning("%s: %s", title, said)
+            if settings.noise == "rician" and _is_complex(model):
+                LOGGER.info("%s: complex signals have Gaussian noise.", title)
             call = _fit_call(model, settings, prepared)
             suited = protocol_adequacy(model, prepared, settings)
             for sentence in suited["sentences"]:
@@ -150,7 +152,7 @@ def _fit_call(
         weights = None if np.ptp(weights) == 0 else weights
     elif (weighted := echo_weights(model, settings, prepared)) is not None:
         weights = weighted
-    noise = settings.noise if not model.signed or model.kind == "dwi" else "gaussian"
+    noise = "gaussian" if _is_complex(model) else settings.noise
 
     def call(data: np.ndarray, voxels: slice, progress: Any) -> FitResult:
         return fit(
@@ -173,6 +175,11 @@ def _fit_call(
         )
 
     return call
+
+
+def _is_complex(model: Any) -> bool:
+    """Whether real and imaginary parts of gradient echoes are fitted."""
+    return bool(model.kind != "dwi" and model.n_measurements > len(model.scheme))
 
 
 def echo_weights(model: Any, settings: Settings, prepared: dict[str, Any]) -> np.ndarray | None:

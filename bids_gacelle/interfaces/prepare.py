@@ -225,10 +225,12 @@ def options_of(name: str, settings: Settings, prepared: dict[str, Any]) -> dict[
 
 def fallback(name: str, settings: Settings, prepared: dict[str, Any]) -> str:
     """What to say where a model of complex signals is fitted to magnitudes, else ""."""
+    model = get_model(name)
+    if COMPLEX not in model.choices.get("signal", ()):
+        return ""
     asked, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
-    used = options_of(name, settings, prepared)
-    wished = asked.get("signal", get_model(name).options.get("signal"))
-    if used.get("signal") == wished:
+    wished = asked.get("signal", model.options["signal"])
+    if options_of(name, settings, prepared)["signal"] == wished:
         return ""
     return (
         f"{name} is fitted to the magnitudes, which tell less of it: {prepared['complex_error']}"

@@ -244,6 +244,15 @@ def test_myelin_water_in_the_units_of_bids(root, bids_errors):
     assert bids_errors(out) == []
 
 
+def test_the_picture_of_several_flip_angles_is_the_first_echo_of_the_largest(root):
+    signals = flip_angles(mwf=0.0, n=6)
+    add_complex(root, "VFA", signals, phase="")
+    out = run(root, "--models", "r1r2star")
+    [path] = out.glob("sub-01/figures/*_desc-vfareference_image.nii.gz")
+    shown = np.asarray(nib.load(path).dataobj)[INSIDE]
+    assert np.median(shown) / 1000 == pytest.approx(abs(signals[70.0, 0.002]), rel=0.01)
+
+
 def test_magnitudes_of_flip_angles_with_a_b1_map_on_another_grid(root):
     """R1 with the map is that of all flip angles; without it, it is off by b1^2."""
     signals = flip_angles(b1=0.85, mwf=0.0, n=4)
