@@ -141,6 +141,9 @@ class SignalModel(ABC):
         Least and largest value of options that are numbers with a limit.
     required
         Columns the acquisition must have.
+    plausibility
+        Of a model of gradient echoes, the rules (`prepare.echoes.RULES`) by which voxels are
+        flagged unless told otherwise.
     has_closed_form
         Whether the model gives a `closed_form`; set by itself.
     starts
@@ -176,6 +179,7 @@ class SignalModel(ABC):
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     option_limits: ClassVar[dict[str, tuple[float, float]]] = {}
     required: ClassVar[tuple[str, ...]] = ()
+    plausibility: ClassVar[tuple[str, ...]] = ()
     starts: ClassVar[int] = 1
     compile_from: ClassVar[int] = 300_000
     has_closed_form: ClassVar[bool] = False
