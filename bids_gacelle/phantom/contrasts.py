@@ -16,10 +16,9 @@ import torch
 
 from bids_gacelle.bids.series import Kind
 from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme, Parameter, get_model
-from bids_gacelle.phantom.anatomy import Anatomy, Label
 from bids_gacelle.phantom.directions import directional_signal, spread_directions
 from bids_gacelle.phantom.fields import stream
-from bids_gacelle.phantom.tissue import fibre_direction, parameter_map, transmit_field
+from bids_gacelle.phantom.head import Head
 
 GRE_SCALE, DWI_SCALE = 10_000.0, 1_000.0
 """Signal of pure water in the units of the images: a proton density, and a b=0 signal of white
@@ -101,41 +100,6 @@ class Contrast:
     brightness: float
 
 
-@dataclass(frozen=True)
-class Head:
-    """One subject in one session: the anatomy and what its parameters depend on."""
-
-    anatomy: Anatomy
-    subject: int
-    session: int
-    seed: int
-
-    @property
-    def inside(self) -> np.ndarray:
-        """Voxels with a signal, bool (x, y, z)."""
-        return self.anatomy.labels > 0
-
-    def parameter(self, quantity: str) -> np.ndarray:
-        """Return a parameter of `tissue.QUANTITIES` in the voxels inside, float64 (voxels,)."""
-        ids = {"subject": self.subject, "session": self.session, "seed": self.seed}
-        return parameter_map(quantity, self.anatomy, **ids)[self.inside]
-
-    def transmit(self) -> np.ndarray:
-        """Return the relative B1+, float64 (x, y, z)."""
-        ids = {"subject": self.subject, "session": self.session, "seed": self.seed}
-        return transmit_field(self.anatomy, **ids)
-
-    def volume(self, values: np.ndarray) -> np.ndarray:
-        """Return values (..., voxels) of the voxels inside as float32 (x, y, z, ...)."""
-        out = np.zeros((*self.inside.shape, *values.shape[:-1]), dtype=np.float32)
-        out[self.inside] = np.moveaxis(values, -1, 0)
-        return out
-
-    def white_matter(self, values: np.ndarray) -> float:
-        """Return the mean over white matter of values (voxels,)."""
-        return float(values[self.anatomy.labels[self.inside] == Label.WHITE_MATTER].mean())
-
-
 def megre(head: Head) -> Contrast:
     """Make the multi-echo gradient echo: twelve echoes of a spoiled steady state."""
     scheme = GradientEchoScheme(flip_angle=[MEGRE_FLIP, MEGRE_FLIP], repetition_time=TR_S)
@@ -182,7 +146,7 @@ def dwi(head: Head, model: str = "nexi") -> Contrast:
     scheme = diffusion_scheme()
     signals = _signal(model, scheme, values, **options)
     s0, s2 = signals[: len(scheme)], signals[len(scheme) :] if options else None
-    fibres = fibre_direction(head.anatomy, subject=head.subject, seed=head.seed)[head.inside]
+    fibres = head.fibres()
 
     def images() -> Iterator[Image]:
         for big_delta in SHELLS:

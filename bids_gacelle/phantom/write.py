@@ -23,12 +23,12 @@ from bids_gacelle.phantom.contrasts import (
     CONTRASTS,
     DWI_MODELS,
     Contrast,
-    Head,
     Image,
     add_noise,
     make_contrast,
 )
 from bids_gacelle.phantom.fields import stream
+from bids_gacelle.phantom.head import Head
 from bids_gacelle.phantom.tissue import TISSUES
 
 NAME = "bids-gacelle-phantom"
