@@ -181,7 +181,8 @@ def assumed_sigma(model: SignalModel, snr: float = ASSUMED_SNR) -> NDArray[np.fl
     invariant of degree l by the root of n (2 l + 1).
     """
     count = getattr(model.scheme, "n_directions", None)
-    count = np.ones(len(model.scheme)) if count is None else count
+    if count is None:  # single images, or single real and imaginary parts
+        return np.full(model.n_measurements, 1 / snr)
     degrees = 2 * (np.arange(model.n_measurements) // len(count))
     return 1 / (snr * np.sqrt(np.resize(count, model.n_measurements) * (2 * degrees + 1)))
 

@@ -141,6 +141,11 @@ def make_objective(
         )
     if loss not in LOSSES:
         raise EngineError(f"Loss {loss!r} is unknown; there are {', '.join(LOSSES)}.")
+    if noise == "rician" and model.signed:
+        raise EngineError(
+            f"{model.name} with these options is fitted to signed data, whose noise is Gaussian; "
+            "Rician noise is that of magnitudes."
+        )
     return Objective(noise, loss, _make_prior(model, prior, grid))
 
 

@@ -143,6 +143,11 @@ class GradientEchoScheme(_Scheme):
         Nominal flip angles in degrees, or None.
     repetition_time
         Repetition times (excitation to excitation) in s, or None.
+    field_strength
+        Static magnetic field in T, or None.
+    spoiling_increment
+        Increment of the RF phase from one excitation to the next, from which quadratic RF spoiling
+        is made, in degrees; 0 without RF spoiling, None where it is not known.
 
     Notes
     -----
@@ -151,28 +156,37 @@ class GradientEchoScheme(_Scheme):
     Raises
     ------
     EngineError
-        A value is not positive and finite, or the lengths differ.
+        A value is not positive (spoiling_increment: negative) or not finite, or the lengths differ.
     """
 
-    _names = ("echo_time", "flip_angle", "repetition_time")
+    _names = ("echo_time", "flip_angle", "repetition_time", "field_strength", "spoiling_increment")
 
     def __init__(
         self,
         echo_time: ArrayLike | None = None,
         flip_angle: ArrayLike | None = None,
         repetition_time: ArrayLike | None = None,
+        field_strength: ArrayLike | None = None,
+        spoiling_increment: ArrayLike | None = None,
     ) -> None:
         given: dict[str, tuple[Any, str]] = {
             "echo_time": (echo_time, "s"),
             "flip_angle": (flip_angle, "degrees"),
             "repetition_time": (repetition_time, "s"),
+            "field_strength": (field_strength, "T"),
+            "spoiling_increment": (spoiling_increment, "degrees"),
         }
         columns = _equal_length(
-            {k: None if v is None else _column(k, unit, v) for k, (v, unit) in given.items()}
+            {
+                k: None if v is None else _column(k, unit, v, zero=k == "spoiling_increment")
+                for k, (v, unit) in given.items()
+            }
         )
         self.echo_time = columns["echo_time"]
         self.flip_angle = columns["flip_angle"]
         self.repetition_time = columns["repetition_time"]
+        self.field_strength = columns["field_strength"]
+        self.spoiling_increment = columns["spoiling_increment"]
 
 
 Scheme = DiffusionScheme | GradientEchoScheme

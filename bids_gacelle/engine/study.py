@@ -130,8 +130,8 @@ class Study:
     ------
     EngineError
         A shape does not match, the data are complex, sigma is not positive, a weight is negative,
-        only one of `scale_sigma` and `scale_group` is given or they do not match, or the model
-        has no such input.
+        only one of `scale_sigma` and `scale_group` is given or they do not match, the model has
+        no such input, or it lacks one that it needs.
     """
 
     def __init__(
@@ -177,6 +177,12 @@ class Study:
                 )
             self._require(f"Voxel input {name}", host(value).shape)
             self.inputs[name] = self._rows(host(value)[None])
+        missing = [n for n in model.needed_inputs(model.chosen) if n not in self.inputs]
+        if missing:
+            raise EngineError(
+                f"{model.name} with these options cannot be fitted without the voxel input"
+                f"{'s' if len(missing) > 1 else ''} {', '.join(missing)}: give a map of each."
+            )
 
     @property
     def arrays(self) -> int:
@@ -359,7 +365,8 @@ class Study:
         if not model.signed:
             usable &= data[0] > 0
         if inputs is not None:
-            usable &= (inputs.isfinite() & (inputs > 0)).all(0)
+            for name, row in zip(self.inputs, inputs, strict=True):
+                usable &= row.isfinite() & (row >= 0 if name in model.inputs_from_zero else row > 0)
         if sigma is not None:
             usable &= (sigma > 0).all(0) & sigma.isfinite().any(0)
         if common is not None:

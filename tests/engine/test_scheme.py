@@ -11,6 +11,36 @@ def test_single_values_stand_for_all_measurements():
     assert scheme.echo_time is None
 
 
+def test_field_and_spoiling_stand_for_all_images():
+    scheme = GradientEchoScheme(
+        echo_time=[0.002, 0.005], field_strength=3, spoiling_increment=[0, 117]
+    )
+    np.testing.assert_array_equal(scheme.field_strength, [3, 3])
+    np.testing.assert_array_equal(scheme.spoiling_increment, [0, 117])
+    taken = scheme.take(np.array([False, True]))
+    np.testing.assert_array_equal(taken.spoiling_increment, [117])
+    assert eval(repr(taken), {"GradientEchoScheme": GradientEchoScheme}).columns() == {
+        "echo_time": [0.005],
+        "flip_angle": None,
+        "repetition_time": None,
+        "field_strength": [3],
+        "spoiling_increment": [117],
+    }
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("field_strength", 0.0, r"field_strength holds 0\.0; .* positive number in T"),
+        ("spoiling_increment", -1, r"spoiling_increment holds -1\.0; .*at least 0 in degrees"),
+        ("spoiling_increment", [50, 50, 50], "echo_time has 2, spoiling_increment has 3"),
+    ],
+)
+def test_impossible_gradient_echoes_are_refused(column, value, message):
+    with pytest.raises(EngineError, match=message):
+        GradientEchoScheme(echo_time=[0.002, 0.005], **{column: value})
+
+
 def test_columns_are_read_only():
     scheme = DiffusionScheme(b=[1.0, 2.0])
     with pytest.raises(ValueError, match="read-only"):

@@ -53,6 +53,9 @@ class Parameter:
         Display window (None: from the data) and matplotlib colour map.
     suffix
         Official BIDS suffix of the map ("R2starmap"), or "".
+    compartment
+        Which of several compartments a map of this suffix is about ("MW"), for its file name; ""
+        where there is one.
     coordinate
         "linear", or "log" when the solver works on the logarithm.
     amplitude
@@ -70,6 +73,7 @@ class Parameter:
     window: tuple[float, float] | None = None
     colormap: str = "viridis"
     suffix: str = ""
+    compartment: str = ""
     coordinate: Literal["linear", "log"] = "linear"
     amplitude: bool = False
 
@@ -117,7 +121,10 @@ class SignalModel(ABC):
     minimum_echo_times
         Smallest number of different echo times that a dwi series must have.
     voxel_inputs, input_defaults
-        Names of maps the signal depends on (such as b1), and the value when none is given.
+        Names of maps the signal depends on (such as b1), and the value when none is given. Those
+        that an instance has may depend on its options.
+    inputs_from_zero
+        Names of voxel inputs that may be 0; others are positive.
     options, choices
         Constructor options with their defaults, whose type they keep; allowed values of those
         that have few. An instance has its values as attributes.
@@ -146,12 +153,13 @@ class SignalModel(ABC):
     kind: ClassVar[Literal["megre", "vfa", "dwi"]]
     datatype: ClassVar[Literal["anat", "dwi"]]
     bare_names: ClassVar[bool] = False
-    signed: ClassVar[bool] = False
+    signed: bool = False
     needs_diffusion_times: ClassVar[bool] = False
     minimum_measurements: ClassVar[int] = 1
     minimum_echo_times: ClassVar[int] = 1
-    voxel_inputs: ClassVar[tuple[str, ...]] = ()
-    input_defaults: ClassVar[dict[str, float]] = {}
+    voxel_inputs: tuple[str, ...] = ()
+    input_defaults: dict[str, float] = {}  # noqa: RUF012
+    inputs_from_zero: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     required: ClassVar[tuple[str, ...]] = ()
@@ -235,6 +243,11 @@ class SignalModel(ABC):
             There are too few of them.
         """
         return None
+
+    @classmethod
+    def needed_inputs(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the voxel inputs that a model with these options cannot be fitted without."""
+        return ()
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
