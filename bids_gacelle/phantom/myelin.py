@@ -34,6 +34,14 @@ MYELIN_T1_S, MYELIN_T2_S = 0.234, 0.015
 MWF_RANGE = (0.05, 0.20)
 """Of white matter."""
 
+Progress = Callable[[float], None]
+"""Called with the share of a simulation that is done."""
+
+
+def silent(share: float) -> None:
+    """Tell nobody."""
+
+
 _ISOTROPIC_PPM, _ANISOTROPIC_PPM, _EXCHANGE_PPM = -0.1, -0.1, 0.02  # susceptibility of myelin
 _CASES_AT_ONCE = 40_000  # of which one report of progress is made
 
@@ -48,8 +56,8 @@ class Protocol:
     echo_times: tuple[float, ...]
     flip_angles: tuple[float, ...]
     repetition_time: float
-    spoiling_increment: float = 50.0
-    field_strength: float = 3.0
+    spoiling_increment: float = 50
+    field_strength: float = 3
 
     @property
     def hertz_per_ppm(self) -> float:
@@ -104,7 +112,7 @@ def steady_states(
     pools: Mapping[str, np.ndarray],
     b1: np.ndarray,
     protocol: Protocol,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = silent,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Simulate the steady state at every flip angle, by extended phase graphs with exchange.
 

@@ -8,6 +8,7 @@ the brainstem.
 
 from __future__ import annotations
 
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +21,12 @@ LEAST_MWF, MOST_MWF = 0.06, 0.18
 
 @dataclass(frozen=True)
 class Parcel:
-    """A part of white matter: value in the image, name, abbreviation, seed in MNI mm."""
+    """A part of white matter: value in the image, name, abbreviation, colour, seed in MNI mm."""
 
     index: int
     name: str
     abbreviation: str
+    color: str
     seed: tuple[float, float, float]
 
 
@@ -51,6 +53,12 @@ _SEEDS: tuple[tuple[str, str, tuple[float, float, float]], ...] = (
 )
 
 
+def _color(index: int) -> str:
+    """Return a colour whose hue is far from those of neighbouring indices."""
+    red, green, blue = hsv_to_rgb(0.618 * index % 1, 0.6, 0.9)
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+
+
 def _parcels() -> tuple[Parcel, ...]:
     parcels: list[Parcel] = []
     for name, abbreviation, (x, y, z) in _SEEDS:
@@ -58,7 +66,8 @@ def _parcels() -> tuple[Parcel, ...]:
         for side, letter, sign in sides:
             called = f"{side}{name[0].lower()}{name[1:]}" if side else name
             seed = (sign * x, y, z)
-            parcels.append(Parcel(len(parcels) + 1, called, f"{letter}{abbreviation}", seed))
+            index = len(parcels) + 1
+            parcels.append(Parcel(index, called, f"{letter}{abbreviation}", _color(index), seed))
     return tuple(parcels)
 
 

@@ -3,9 +3,9 @@
 Typical in vivo values: R2* and T1 at 3 T (Peters et al. 2007, doi:10.1016/j.mri.2007.02.014;
 Wansapura et al. 1999, doi:10.1002/(SICI)1522-2586(199904)9:4<531::AID-JMRI4>3.0.CO;2-L), myelin
 water (Nam et al. 2015, doi:10.1016/j.neuroimage.2015.03.081; Chan and Marques 2020,
-doi:10.1016/j.neuroimage.2020.117159), exchange model (Jelescu et al. 2022, doi:10.1016/j.neuroimage.2022.119277; Olesen et al. 2022,
-doi:10.1016/j.neuroimage.2022.118976), spherical mean technique (Kaden et al. 2016,
-doi:10.1016/j.neuroimage.2016.06.002).
+doi:10.1016/j.neuroimage.2020.117159), exchange model (Jelescu et al. 2022,
+doi:10.1016/j.neuroimage.2022.119277; Olesen et al. 2022, doi:10.1016/j.neuroimage.2022.118976),
+spherical mean technique (Kaden et al. 2016, doi:10.1016/j.neuroimage.2016.06.002).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ POOLS = {
     "R2sIW": 0.06,
     "R2sEW": 0.06,
 }
-"""Relative standard deviation of each quantity of the water pools within a tissue; rates in 1/s."""
+"""Relative standard deviation of each quantity of the water pools within a tissue."""
 
 QUANTITIES = {
     "M0": 0.04,
@@ -84,7 +84,8 @@ MEANS = {
     Label.PALLIDUM: (0.75, 1.05, 43.0, 0.70, 0.48, 2.3, 0.85, 40.0, 0.4, 0.47, 1.85),
     Label.SCALP: (0.60, 0.40, 25.0, 0.15, 0.10, 2.0, 0.80, 30.0, 0.0, 0.10, 1.00),
 }
-"""Mean of every quantity but those of the pools, in the order of `QUANTITIES`; fluid has no neurites."""
+"""Mean of every quantity but those of the pools, in the order of `QUANTITIES`; fluid has no
+neurites."""
 
 POOL_MEANS = {
     Label.CSF: (0.00, 0.00, 0.25, 0.0, 100.0, 2.5, 2.5),
@@ -97,8 +98,8 @@ POOL_MEANS = {
     Label.PALLIDUM: (0.032, 0.50, 0.92, 2.0, 110.0, 33.0, 39.0),
     Label.SCALP: (0.00, 0.00, 2.50, 0.0, 100.0, 25.0, 25.0),
 }
-"""Mean of the quantities of the water pools, in their order; neither fluid nor fat has myelin. White
-matter has the myelin water of its parcel instead."""
+"""Mean of the quantities of the water pools, in their order; neither fluid nor fat has myelin, and
+white matter has the myelin water of its parcel instead."""
 
 
 def parameter_map(
