@@ -269,7 +269,7 @@ def measure(image: Image, sigma: float, rng: np.random.Generator) -> Iterator[Im
         yield image
         return
     parted = np.iscomplexobj(image.data)
-    real, imaginary = (image.data.real, image.data.imag) if parted else (image.data, np.float32(0))
+    real, imaginary = (image.data.real, image.data.imag) if parted else (image.data, 0.0)
     if sigma > 0:
         real, imaginary = (
             _noisy(part, image.data.shape, sigma, rng) for part in (real, imaginary)
@@ -290,7 +290,7 @@ def measure(image: Image, sigma: float, rng: np.random.Generator) -> Iterator[Im
 
 
 def _noisy(
-    values: np.ndarray, shape: tuple[int, ...], sigma: float, rng: np.random.Generator
+    values: np.ndarray | float, shape: tuple[int, ...], sigma: float, rng: np.random.Generator
 ) -> np.ndarray:
     noise = rng.standard_normal(shape, dtype=np.float32)
     noise *= sigma

@@ -120,14 +120,25 @@ def write_phantom(
         head = Head(anatomy, subject, session, seed)
         name = f"{session}" if sessions > 1 else ""
         tell = _telling(f"sub-{subject:02d}" + (f" ses-{name}" if name else ""), progress)
-
-        def simulated(share: float, tell: Callable[[str], None] = tell) -> None:
-            tell(f"{share:.0%} of the steady states simulated")
-
-        options: dict[str, Any] = {"dwi_model": dwi_model, "phase": phase, "progress": simulated}
-        made = [make_contrast(contrast, head, **options) for contrast in contrasts]
+        made = _simulate(head, contrasts, dwi_model, phase, tell)
         written += _write_session(out, head, made, snr, name, tell)
     return list(dict.fromkeys(written))  # contrasts may share a map
+
+
+def _simulate(
+    head: Head,
+    contrasts: Sequence[str],
+    dwi_model: str,
+    phase: bool,
+    tell: Callable[[str], None],
+) -> list[Contrast]:
+    """Make the contrasts of one session."""
+
+    def progress(share: float) -> None:
+        tell(f"{share:.0%} of the steady states simulated")
+
+    options: dict[str, Any] = {"dwi_model": dwi_model, "phase": phase, "progress": progress}
+    return [make_contrast(name, head, **options) for name in contrasts]
 
 
 def _telling(where: str, progress: Callable[[str], None] | None) -> Callable[[str], None]:
