@@ -92,7 +92,8 @@ def bloch_mcconnell(
 
     References
     ----------
-    McConnell, J. Chem. Phys. 28, 430 (1958); Spencer and Fishbein, J. Magn. Reson. 142, 120 (2000).
+    McConnell, J. Chem. Phys. 28, 430 (1958); Spencer and Fishbein, J. Magn. Reson. 142, 120
+    (2000).
     """
     modes = exchange_modes(fraction, r1_free, r1_myelin, exchange)
     versine = 2 * torch.sin(0.5 * angle) ** 2  # 1 - cos a without cancellation
