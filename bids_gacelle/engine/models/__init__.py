@@ -15,6 +15,9 @@ from bids_gacelle.engine.models.function import signal_model
 MODELS: dict[str, str] = {
     "r2star": "bids_gacelle.engine.models.r2star:R2Star",
     "despot1": "bids_gacelle.engine.models.despot1:Despot1",
+    "r1r2star": "bids_gacelle.engine.models.r1r2star:R1R2Star",
+    "gremwi": "bids_gacelle.engine.models.gremwi:GreMwi",
+    "mcrmwi": "bids_gacelle.engine.models.mcrmwi:McrMwi",
     "mcmicro": "bids_gacelle.engine.models.mcmicro:McMicro",
     "nexi": "bids_gacelle.engine.models.nexi:Nexi",
     "nexidot": "bids_gacelle.engine.models.nexidot:NexiDot",

@@ -127,7 +127,8 @@ class SignalModel(ABC):
         Names of voxel inputs that may be 0; others are positive.
     options, choices
         Constructor options with their defaults, whose type they keep; allowed values of those
-        that have few. An instance has its values as attributes.
+        that have few. An instance has its values as attributes (unless there is a method of that
+        name), and all of them in `chosen`.
     required
         Columns the acquisition must have.
     has_closed_form
@@ -183,8 +184,10 @@ class SignalModel(ABC):
                 f"{self.name} needs a {expected.__name__}, got {type(scheme).__name__}."
             )
         self.check_options(options)
-        for name, default in self.options.items():
-            setattr(self, name, options.get(name, default))
+        self.chosen = {**self.options, **options}
+        for name, value in self.chosen.items():
+            if not callable(getattr(type(self), name, None)):  # the option "signal" is no method
+                setattr(self, name, value)
         missing = [column for column in self.required if getattr(scheme, column) is None]
         if missing:
             raise EngineError(f"{self.name} needs {' and '.join(missing)} in its acquisition.")
@@ -194,7 +197,6 @@ class SignalModel(ABC):
                 f"(echoes, flip angles or shells), got {len(scheme)}."
             )
         self.scheme = scheme
-        self.chosen = {**self.options, **options}
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self.compiled: dict[Hashable, Any] = {}  # what kernels keep for further fits
 

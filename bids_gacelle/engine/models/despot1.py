@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import Inputs, Parameter, Reference, SignalModel
-from bids_gacelle.engine.physics.steady_state import spgr
-from bids_gacelle.engine.scheme import GradientEchoScheme
+from bids_gacelle.engine.models.gradient_echo import excitations
+from bids_gacelle.engine.physics.steady_state import rational_fit, spgr
+from bids_gacelle.engine.scheme import GradientEchoScheme, Scheme
+
+
+# Echo times that differ by less are one.
+_SAME_ECHO_S = 1e-5
 
 
 class Despot1(SignalModel):
@@ -91,8 +100,13 @@ class Despot1(SignalModel):
         return {"T1": 1 / params["R1"]}
 
     def guess(self, data: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
-        """Return R1 of the linear estimate, with the mean repetition time where several differ."""
-        return {"R1": self._regress(data, inputs)["R1"]}
+        """Return R1 of a linear estimate, for several repetition times an approximate one."""
+        if self._same_time:
+            return {"R1": self._regress(data, inputs)["R1"]}
+        like = data[0]
+        time = self.table("repetition_time", self._repetition_time, like)
+        r1 = rational_fit(data, self._angle(like, inputs), time)
+        return {"R1": torch.where(r1 > 0, r1, torch.nan)}
 
     def closed_form(self, data: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """Return the linear DESPOT1 estimate: regress S / sin a on S / tan a (Deoni 2003, eq. 3).
@@ -105,12 +119,28 @@ class Despot1(SignalModel):
             The repetition times differ.
         """
         time = self._repetition_time
-        if np.ptp(time) > 1e-6 * time.mean():
+        if not self._same_time:
             raise EngineError(
                 "The linear DESPOT1 estimate needs one repetition time for all flip angles, "
                 f"got {time.min()} to {time.max()} s: use solver 'lm'."
             )
         return self._regress(data, inputs)
+
+    @classmethod
+    def wanted(cls, scheme: Scheme, options: Mapping[str, Any]) -> NDArray[np.bool_] | None:
+        """Tell the first echoes: of images with one flip angle and repetition time the earliest."""
+        assert isinstance(scheme, GradientEchoScheme)
+        if scheme.echo_time is None:
+            return None
+        number, values = excitations(scheme)
+        shortest = np.full(len(values), np.inf)
+        np.minimum.at(shortest, number, scheme.echo_time)
+        first = scheme.echo_time <= shortest[number] + _SAME_ECHO_S
+        return None if first.all() else first
+
+    @property
+    def _same_time(self) -> bool:
+        return bool(np.ptp(self._repetition_time) <= 1e-6 * self._repetition_time.mean())
 
     @property
     def _repetition_time(self) -> np.ndarray:

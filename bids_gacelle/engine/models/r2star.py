@@ -1,21 +1,34 @@
-"""Mono-exponential decay of multi-echo gradient-echo magnitudes."""
+"""Mono-exponential decay of multi-echo gradient echoes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.models.base import Inputs, Parameter, Reference, SignalModel
+from bids_gacelle.engine.models.base import Inputs, Parameter, Reference
+from bids_gacelle.engine.models.gradient_echo import (
+    BACKGROUND,
+    INITIAL_PHASE,
+    GradientEchoModel,
+)
+from bids_gacelle.engine.physics.phase import times_i
+from bids_gacelle.engine.scheme import GradientEchoScheme
 
 
-class R2Star(SignalModel):
-    """S(TE) = S0 exp(-TE R2*), magnitude."""
+class R2Star(GradientEchoModel):
+    """S(TE) = S0 exp(-TE R2*), the magnitude, or with phase.
+
+    Complex: S(TE) = S0 exp(-TE R2*) exp(i (2 pi gamma B0 dfreqBKG TE + dpini)).
+    """
 
     name = "r2star"
     title = "Effective transverse relaxation"
     description = (
-        "The magnitude of every voxel over the echo times of a multi-echo gradient-echo scan was "
-        "fitted with a mono-exponential decay, S(TE) = S0 exp(-TE R2*), in the signal domain."
+        "The signal of every voxel over the echo times of a multi-echo gradient-echo scan was "
+        "fitted with a mono-exponential decay, S(TE) = S0 exp(-TE R2*), in the signal domain; that "
+        "of complex images together with a frequency and an initial phase."
     )
     references = (
         Reference(
@@ -27,10 +40,11 @@ class R2Star(SignalModel):
         ),
     )
     kind = "megre"
-    datatype = "anat"
     bare_names = True
     minimum_measurements = 2
     required = ("echo_time",)
+    options = {"signal": "magnitude"}  # noqa: RUF012
+    choices = {"signal": ("magnitude", "complex")}  # noqa: RUF012
     compile_from = 4_000_000  # eager steps of so small a model are nearly as fast
     # At 3 T: Peters et al. 2007, doi:10.1016/j.mri.2007.02.014.
     tissues = {  # noqa: RUF012
@@ -68,32 +82,49 @@ class R2Star(SignalModel):
         ),
     )
 
+    def __init__(self, scheme: GradientEchoScheme, **options: Any) -> None:
+        super().__init__(scheme, **options)
+        if self.is_complex:
+            self.parameters = (*R2Star.parameters, BACKGROUND, INITIAL_PHASE)
+
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
         """Return the decay at each echo time; shapes as in `SignalModel.signal`."""
-        return params["S0"] * torch.exp(-self._echo_time(params["S0"]) * params["R2star"])
+        return params["S0"] * self._unit(params)
 
     def jacobian(
         self, params: dict[str, Tensor], inputs: Inputs | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return signal and derivatives by S0 and R2star."""
-        time = self._echo_time(params["S0"])
-        decay = torch.exp(-time * params["R2star"])
-        signal = params["S0"] * decay
-        return signal, torch.stack((decay, -time * signal))
+        """Return signal and derivatives by the parameters, in their order."""
+        unit = self._unit(params)
+        signal = params["S0"] * unit
+        if not self.is_complex:
+            return signal, torch.stack((unit, -self.echo_time(params["S0"]) * signal))
+        parts = signal.unflatten(0, (2, -1))
+        turned = times_i(parts)
+        columns = (
+            unit,
+            (-self.echo_time(params["S0"]) * parts).flatten(0, 1),
+            (self.radians(params["S0"]) * turned).flatten(0, 1),
+            turned.flatten(0, 1),
+        )
+        return signal, torch.stack(columns)
 
     def derive(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return T2star = 1 / R2star in s."""
         return {"T2star": 1 / params["R2star"]}
 
     def guess(self, data: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
-        """Return R2star of the log-linear regression weighted by the squared signal."""
-        time = self._echo_time(data[0])
-        size = data.clamp_min(1e-3 * data.abs().amax(0))
-        weight, log = size**2, torch.log(size)
-        total = weight.sum(0)
-        time = time - (weight * time).sum(0) / total
-        return {"R2star": -(weight * time * log).sum(0) / (weight * time**2).sum(0)}
+        """Return R2star of the weighted log-linear regression, and the slope of the phase."""
+        if not self.is_complex:
+            return {"R2star": self.decay(data)[0]}
+        parts = data.unflatten(0, (2, -1))
+        frequency, phase = self.phases(parts)
+        rate = self.decay(torch.hypot(*parts))[0]
+        return {"R2star": rate, "dfreqBKG": frequency[0], "dpini": phase}
 
-    def _echo_time(self, like: Tensor) -> Tensor:
-        assert self.scheme.echo_time is not None
-        return self.table("echo_time", self.scheme.echo_time, like)
+    def _unit(self, params: dict[str, Tensor]) -> Tensor:
+        decay = torch.exp(-self.echo_time(params["S0"]) * params["R2star"])
+        if not self.is_complex:
+            return decay
+        phase = self.radians(params["S0"]) * params["dfreqBKG"] + params["dpini"]
+        return torch.cat((decay * torch.cos(phase), decay * torch.sin(phase)))

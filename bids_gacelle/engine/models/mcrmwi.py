@@ -1,0 +1,233 @@
+"""Multi-compartment relaxometry for myelin water imaging, from echoes at several flip angles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bids_gacelle.engine.errors import EngineError
+from bids_gacelle.engine.models.base import Inputs, Parameter, Reference
+from bids_gacelle.engine.models.gradient_echo import BACKGROUND, INITIAL_PHASE
+from bids_gacelle.engine.models.threepools import (
+    AMPLITUDE,
+    DECAYS,
+    FRACTIONS,
+    SHIFTS,
+    TIMES,
+    WHARTON,
+    ThreePools,
+    typical,
+)
+from bids_gacelle.engine.physics.epgx import spoiled_steady_state
+from bids_gacelle.engine.physics.steady_state import rational_fit
+from bids_gacelle.engine.physics.two_pools import bloch_mcconnell
+from bids_gacelle.engine.scheme import GradientEchoScheme
+
+# Of myelin water in s; extended phase graphs need it, the signal has R2sMW.
+_T2_MYELIN_S = 0.015
+
+_RELAXATION = (
+    Parameter(
+        "R1IEW",
+        "1/s",
+        "Longitudinal relaxation rate of intra-axonal and extra-cellular water",
+        bounds=(0.2, 5.0),
+        start=(0.5, 1.5),
+        window=(0.0, 2.0),
+        suffix="R1map",
+        compartment="IEW",
+    ),
+    Parameter(
+        "kIEWM",
+        "1/s",
+        "Exchange rate from intra-axonal and extra-cellular water to myelin water",
+        bounds=(0.0, 10.0),
+        start=(0.0, 4.0),
+        window=(0.0, 5.0),
+    ),
+)
+
+
+class McrMwi(ThreePools):
+    """Myelin, intra-axonal and extra-cellular water in steady states of several flip angles.
+
+    `ThreePools` whose magnetisations are steady states of two pools, myelin water (volume fraction
+    f, T1 ``t1_myelin``) and all other water (R1IEW), that exchange at the rate kIEWM:
+
+    A_MW = rho V m_MW, A_IEW = V m_IEW, V = 1 - MWF + MWF / rho, f = MWF / (rho V).
+
+    The equilibrium magnetisation is S0, so that MWF does not depend on T1. An excitation is a pair
+    of flip angle and repetition time; with ``share_background=False`` each has its own dfreqBKG1,
+    dfreqBKG2, ..., by flip angle.
+
+    ``steady_state`` says how m is found: "epgx" simulates spoiling by gradients and RF phase (with
+    the increment of the acquisition, or ``spoiling_increment`` in degrees where it is not known),
+    "surrogate" is a fast approximation of that within the range it was made for, and "ideal" is
+    the Bloch-McConnell steady state with no transverse magnetisation left before a pulse. T2 of the
+    water outside of myelin is taken to be 1 / R2sIW.
+
+    With ``exchange=False`` the pools do not exchange, and kIEWM is not fitted.
+    """
+
+    name = "mcrmwi"
+    title = "Multi-compartment relaxometry myelin water imaging"
+    description = (
+        "The signals of every voxel at several flip angles and echo times were fitted with three "
+        "pools of water, in myelin, inside and outside of axons, each with its own effective "
+        "transverse relaxation rate and frequency, in the steady state of spoiled gradient echoes "
+        "of myelin water of fixed T1 and other water, with exchange of magnetisation where it was "
+        "fitted; where diffusion informed the fit, frequencies and dephasing followed from hollow "
+        "cylinders. Nominal flip angles were multiplied by the relative transmit field where such "
+        "a map was given."
+    )
+    references = (
+        Reference(
+            "chan2020",
+            "Chan KS, Marques JP. Multi-compartment relaxometry and diffusion informed myelin "
+            "water imaging - promises and challenges of new gradient echo myelin water imaging "
+            "methods. NeuroImage 2020;221:117159.",
+            "10.1016/j.neuroimage.2020.117159",
+        ),
+        WHARTON,
+    )
+    kind = "vfa"
+    minimum_measurements = 8
+    required = ("echo_time", "flip_angle", "repetition_time", "field_strength")
+    options = ThreePools.SHARED_OPTIONS | {
+        "exchange": True,
+        "steady_state": "surrogate",
+        "t1_myelin": 0.234,
+        "spoiling_increment": 50.0,
+        "share_background": False,
+    }
+    choices = ThreePools.choices | {"steady_state": ("surrogate", "epgx", "ideal")}
+    starts = 1
+    compile_from = 50_000
+    voxel_inputs = ("b1",)
+    input_defaults = {"b1": 1.0}  # noqa: RUF012
+    tissues = {  # noqa: RUF012
+        "white matter": {
+            "MWF": 0.12,
+            "R1IEW": 0.95,
+            "kIEWM": 2.0,
+            "R2sMW": 100.0,
+            "R2sIW": 16.0,
+            "R2sEW": 22.0,
+        },
+    }
+    parameters = (
+        AMPLITUDE,
+        *FRACTIONS,
+        *_RELAXATION,
+        *DECAYS,
+        *SHIFTS,
+        BACKGROUND,
+        INITIAL_PHASE,
+    )
+    derived = (
+        Parameter(
+            "T1IEW",
+            "s",
+            "Longitudinal relaxation time of intra-axonal and extra-cellular water",
+            window=(0.0, 2.5),
+            suffix="T1map",
+            compartment="IEW",
+        ),
+        *TIMES,
+    )
+    exchange: bool
+    steady_state: str
+    t1_myelin: float
+
+    def __init__(self, scheme: GradientEchoScheme, **options: Any) -> None:
+        super().__init__(scheme, **options)
+        if len(self.excitations) < 2:
+            raise EngineError(
+                f"{self.name} needs at least two different flip angles or repetition times, got "
+                f"one ({self.excitations[0, 0]:g} degrees): gremwi fits a single one."
+            )
+        if not 0 < self.t1_myelin < float("inf"):
+            raise EngineError(f"t1_myelin must be a time in s above 0, got {self.t1_myelin}.")
+        self.increment = self._increment()
+        self.shaping = ("MWF", "R1IEW", "kIEWM") if self.exchange else ("MWF", "R1IEW")
+        if self.steady_state != "ideal":
+            self.shaping += ("R2sIW",)
+
+    def all_parameters(self) -> tuple[Parameter, ...]:
+        """Return what is fitted to complex images if diffusion tells nothing."""
+        found = []
+        for parameter in McrMwi.parameters:
+            if parameter is BACKGROUND and not self.chosen["share_background"]:
+                found += [self._background(n) for n in range(len(self.excitations))]
+            elif parameter.name != "kIEWM" or self.chosen["exchange"]:
+                found.append(parameter)
+        return tuple(found)
+
+    def magnetisation(self, params: dict[str, Tensor], inputs: Inputs | None) -> Tensor:
+        """Return the steady states, (2 pools, parts, excitations, ...)."""
+        mwf, r1 = params["MWF"], params["R1IEW"]
+        volume = 1 - mwf + mwf / self.rho
+        states = self._steady_states(
+            mwf / (self.rho * volume),
+            r1,
+            params["kIEWM"] if self.exchange else torch.zeros_like(r1),
+            params["R2sIW"],
+            self.flip_angle(inputs, r1),
+        )
+        free, myelin = states
+        return torch.stack((self.rho * volume * myelin, volume * free))
+
+    def derive(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return relaxation times in s."""
+        return {"T1IEW": 1 / params["R1IEW"]} | super().derive(params)
+
+    def guess(self, data: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
+        """Return a start around the R2* that all flip angles have in common, and their single R1."""
+        magnitude = torch.hypot(*data.unflatten(0, (2, -1))) if self.is_complex else data
+        rate, at_zero = self.decay(magnitude)
+        like = data[0]
+        r1 = rational_fit(at_zero, self.flip_angle(inputs, like), self.repetition_time(like))
+        values = typical(rate) | {
+            "R1IEW": torch.where(r1 > 0, r1, torch.nan),
+            "kIEWM": torch.ones_like(rate),
+        }
+        return self.start_from(data, inputs, values)
+
+    def _steady_states(
+        self, fraction: Tensor, r1: Tensor, exchange: Tensor, r2: Tensor, angle: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return free and myelin pool for unit equilibrium, (parts, excitations, ...) each."""
+        tr = self.repetition_time(fraction)
+        r1_myelin = torch.full_like(fraction, 1 / self.t1_myelin)
+        if self.steady_state == "ideal":
+            free, myelin = bloch_mcconnell(fraction, r1, r1_myelin, exchange, tr, angle)
+            return free[None], myelin[None]
+        r2_myelin = torch.full_like(fraction, 1 / _T2_MYELIN_S)
+        free, myelin = spoiled_steady_state(
+            fraction, r1, r2, r1_myelin, r2_myelin, exchange, tr, angle, self.increment
+        )
+        return torch.stack((free.real, free.imag)), torch.stack((myelin.real, myelin.imag))
+
+    def _background(self, number: int) -> Parameter:
+        angle, time = self.excitations[number]
+        return replace(
+            BACKGROUND,
+            name=f"{BACKGROUND.name}{number + 1}",
+            description=f"{BACKGROUND.description}, flip angle {angle:g} deg, TR {time:g} s",
+        )
+
+    def _increment(self) -> float:
+        """Return the increment of the RF phase in degrees."""
+        given = self.scheme.spoiling_increment
+        if given is None:
+            return float(self.chosen["spoiling_increment"])
+        if np.ptp(given) > 0:
+            raise EngineError(
+                f"{self.name} needs one increment of the RF phase for all images, got "
+                f"{given.min():g} to {given.max():g} degrees."
+            )
+        return float(given[0])
