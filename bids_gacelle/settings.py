@@ -30,7 +30,8 @@ CHOICES = {
 class Settings:
     """The effective options of one run, named as on the command line.
 
-    Times of diffusion gradients are in ms, memory in GB. An empty tuple, an empty dict or None
+    Times of diffusion gradients are in ms, the field strength in T, the increment of the spoiling
+    phase in degrees, memory in GB. An empty tuple, an empty dict or None
     means "not given".
     """
 
@@ -56,6 +57,10 @@ class Settings:
     big_delta: float | None = None
     timing_file: Path | None = None
     scheme_file: Path | None = None
+    field_strength: float | None = None
+    spoiling_increment: float | None = None
+    voxel_map: dict[str, str] = field(default_factory=dict)
+    """Voxel input of a model -> path, in which {subject} and {session} stand for labels."""
     write_scheme: bool = False
     b0_threshold: float = 100.0
     assume_ms: tuple[str, ...] = ()

@@ -83,7 +83,8 @@ def review_series(
 def _check_images(series: Series) -> SpatialImage:
     """Refuse images of one fit that cannot be read, or differ in grid or number of volumes."""
     images = [_open(Path(p)) for p in series.images]
-    for image in images:
+    seconds = [_open(Path(p)) for p in series.second.images] if series.second else []
+    for image in (*images, *seconds):
         if series.kind != "dwi":
             _require_3d(image)
         _require_same_grid(image, images[0])
@@ -115,7 +116,7 @@ def _checked_mask(mask: Mask, reference: SpatialImage, report: _Report) -> Mask:
 
 
 def _with_usable_maps(series: Series, reference: SpatialImage, report: _Report) -> Series:
-    """Leave out noise maps and gradient deviations off the grid; those of options must be on it.
+    """Leave out maps of voxels off the grid; those of options must be on it.
 
     They are not resampled: with nothing but affines to go by, a map of another space would be
     taken for one of this one.
@@ -156,7 +157,16 @@ def _with_usable_maps(series: Series, reference: SpatialImage, report: _Report) 
         "--gradient-deviation",
         "Nominal b-values are used everywhere.",
     )
-    return replace(series, dwi_runs=runs, gradient_deviation=deviation)
+    maps = {
+        name: usable(given, lambda image: None, f"--voxel-map {name}", f"No map {name} is used.")
+        for name, given in series.voxel_maps.items()
+    }
+    return replace(
+        series,
+        dwi_runs=runs,
+        gradient_deviation=deviation,
+        voxel_maps={name: found for name, found in maps.items() if found is not None},
+    )
 
 
 def _require_nine(image: SpatialImage) -> None:
@@ -213,7 +223,9 @@ def _check_b1(path: Path, factor: float) -> None:
     low, high = _USUAL_B1
     if low <= median * factor <= high:
         return
-    unit = {1.0: "relative (1 = nominal)", 0.01: "percent (100 = nominal)"}.get(factor, "other")
+    unit = {1.0: "relative (1 = nominal)", 0.01: "percent (100 = nominal)"}.get(
+        factor, f"degrees of a nominal flip angle of {1 / factor:.4g}"
+    )
     probably = next(
         (u for f, u in ((1.0, "relative"), (0.01, "percent")) if low <= median * f <= high), ""
     )

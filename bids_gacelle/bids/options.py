@@ -11,14 +11,20 @@ from bids_gacelle.bids.files import Dataset, session_labels
 from bids_gacelle.bids.layouts import Visit
 from bids_gacelle.bids.series import Kind
 
+DEFAULT_SPOILING_INCREMENT = 50.0
+"""Increment of the RF phase (degrees) that stands where neither sidecars nor an option say one."""
+
 
 @dataclass(frozen=True)
 class ModelNeeds:
     """What a model must have to be fitted.
 
     ``minimum_measurements`` counts echoes (megre), flip angles (vfa) or shells (dwi),
-    ``minimum_echo_times`` the different echo times of dwi.
+    ``minimum_echo_times`` the different echo times of dwi, or those of one flip angle (vfa).
     ``takes_gradient_deviation`` is False for a dwi model that has only nominal b-values.
+    ``columns`` are the columns of the acquisition that the signal depends on (``echo_time``,
+    ``field_strength``, ``spoiling_increment``, ...); ``voxel_inputs`` are the maps it can use,
+    those of several fibres numbered (``theta1``).
     """
 
     name: str
@@ -27,6 +33,12 @@ class ModelNeeds:
     minimum_measurements: int = 2
     minimum_echo_times: int = 1
     takes_gradient_deviation: bool = True
+    columns: tuple[str, ...] = ()
+    voxel_inputs: tuple[str, ...] = ()
+
+    def takes(self, name: str) -> bool:
+        """Whether the model can use a map given by this name, ``theta`` for all of ``theta1``."""
+        return any(name in (i, i.rstrip("0123456789")) for i in self.voxel_inputs)
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,12 @@ class Options:
     big_delta_ms: float | None = None
     timing_file: Path | None = None
     scheme_file: Path | None = None
+    field_strength: float | None = None
+    """T, in place of what sidecars say."""
+    spoiling_increment: float | None = None
+    """degrees, in place of what sidecars say."""
+    voxel_maps: Mapping[str, str] = field(default_factory=dict)
+    """Voxel input -> path, in which {subject} and {session} stand for labels."""
     b0_threshold: float = 100.0
     assume_ms: tuple[str, ...] = ()
     database_dir: Path | None = None

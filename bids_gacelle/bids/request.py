@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,6 +109,19 @@ def _refuse_shared_maps(subjects: Sequence[str], options: Options) -> None:
                 f"{option} {path} is an image of one participant, but {len(subjects)} are to be "
                 "fitted. Choose one with --participant-label, or give a derivative dataset (-d) "
                 f"with a *_{beside[option]}.nii.gz for each."
+            )
+    for name, template in options.voxel_maps.items():
+        unknown = set(re.findall(r"\{(.*?)\}", template)) - {"subject", "session"}
+        if unknown:
+            raise InputError(
+                f"--voxel-map {name}={template}: {{{min(unknown)}}} stands for nothing; in the "
+                "path {subject} and {session} stand for labels."
+            )
+        if "{subject}" not in template and len(subjects) > 1:
+            raise InputError(
+                f"--voxel-map {name}={template} is an image of one participant, but "
+                f"{len(subjects)} are to be fitted. Choose one with --participant-label, or write "
+                "{subject} for its label in the path."
             )
 
 

@@ -101,7 +101,8 @@ def _select(parser: argparse.ArgumentParser) -> None:
         "--bids-filter-file",
         type=argtypes.existing_path,
         metavar="FILE",
-        help="JSON with entities per query: megre, vfa, mpm, tb1, dwi, mask, dseg, noise, graddev",
+        help="JSON with entities per query: megre, vfa, mpm, mts, tb1, dwi, mask, dseg, noise, "
+        "graddev, voxelmap",
     )
     group.add_argument(
         "--dry-run",
@@ -173,6 +174,28 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="Camino or AMICO scheme of the dwi images: gradients where they have no bval and "
         "bvec, and times in place of those in their sidecars",
+    )
+    group.add_argument(
+        "--field-strength",
+        type=argtypes.tesla,
+        metavar="T",
+        help="of the gradient echoes, in T (default: MagneticFieldStrength of their sidecars)",
+    )
+    group.add_argument(
+        "--spoiling-increment",
+        type=argtypes.degrees,
+        metavar="DEGREES",
+        help="by which the RF phase grows from pulse to pulse (default: "
+        "SpoilingRFPhaseIncrement of the sidecars)",
+    )
+    group.add_argument(
+        "--voxel-map",
+        nargs="+",
+        action="extend",
+        type=argtypes.voxel_map,
+        metavar="INPUT=PATH",
+        help="map of a voxel input of a model on the grid of its images, such as theta, ff or "
+        "b1; {subject} and {session} in the path stand for labels",
     )
     group.add_argument(
         "--b0-threshold",
@@ -357,7 +380,7 @@ def settings_from(namespace: argparse.Namespace) -> Settings:
     for name in ("participant_label", "session_label", "models"):
         if name in given:
             given[name] = list(dict.fromkeys(x for part in given[name] for x in part))
-    for name in ("derivatives", "atlas", "dataset_link"):
+    for name in ("derivatives", "atlas", "dataset_link", "voxel_map"):
         if name in given:
             given[name] = _unique(name, given[name])
     if "model_options" in given:

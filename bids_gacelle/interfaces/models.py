@@ -120,6 +120,8 @@ def needs_of(name: str, settings: Settings) -> ModelNeeds:
         minimum_measurements=model.minimum_measurements,
         minimum_echo_times=model.minimum_echo_times,
         takes_gradient_deviation="bscale" in model.voxel_inputs,
+        columns=model.required,
+        voxel_inputs=model.voxel_inputs,
     )
 
 

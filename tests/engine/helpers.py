@@ -42,9 +42,35 @@ AXCALIBER_DELTA = [13.0] * 8 + [30.0] * 8
 TWO_ECHOES = {"b": [0.5, 1, 2, 6, 0, 0.5, 1, 2, 6], "echo_time": [0.054] * 4 + [0.092] * 5}
 
 
+# Echoes in s at several flip angles in degrees of published protocols of myelin water imaging.
+MCR_ECHOES = 2.2e-3 + 3.07e-3 * np.arange(12)
+MCR_FLIPS = [5.0, 10.0, 20.0, 50.0, 70.0]
+# All that fibres from diffusion can tell.
+DIFFUSION = {"fit_iwf": False, "fit_freq_mw": False, "fit_freq_iw": False, "fit_r2s_ew": False}
+
+
+def flip_angles(echoes, flips, **columns):
+    """Return the scheme of every echo at every flip angle."""
+    return GradientEchoScheme(
+        echo_time=np.tile(echoes, len(flips)),
+        flip_angle=np.repeat(flips, len(echoes)),
+        **columns,
+    )
+
+
 def make_model(name, **options):
     schemes = {
-        "r2star": GradientEchoScheme(echo_time=np.arange(1, 9) * 4e-3),
+        "r2star": GradientEchoScheme(echo_time=np.arange(1, 9) * 4e-3, field_strength=3),
+        # Unequal repetition times and numbers of echoes, as in multi-parameter mapping.
+        "r1r2star": GradientEchoScheme(
+            echo_time=[*np.arange(1, 9) * 2.3e-3, *np.arange(1, 7) * 2.3e-3],
+            flip_angle=[6.0] * 8 + [21.0] * 6,
+            repetition_time=[0.024] * 8 + [0.018] * 6,
+        ),
+        "gremwi": GradientEchoScheme(
+            echo_time=1.5e-3 + 2.9e-3 * np.arange(15), field_strength=3
+        ),
+        "mcrmwi": flip_angles(MCR_ECHOES, MCR_FLIPS, repetition_time=0.038, field_strength=3),
         "despot1": GradientEchoScheme(flip_angle=[3, 8, 14, 20, 28], repetition_time=0.02),
         "mcmicro": DiffusionScheme(b=[0.3, 0.7, 1.0, 2.0, 3.0, 5.0]),
         "nexi": DiffusionScheme(b=NEXI_B, big_delta=NEXI_DELTA),
@@ -71,7 +97,17 @@ def make_model(name, **options):
 
 ALL_MODELS = [
     ("r2star", {}),
+    ("r2star", {"signal": "complex"}),
     ("despot1", {}),
+    ("r1r2star", {}),
+    ("gremwi", {}),
+    ("gremwi", {"signal": "magnitude"}),
+    ("gremwi", DIFFUSION),
+    ("gremwi", {"fit_freq_mw": False, "fit_r2s_ew": False, "fibres": 2}),
+    ("mcrmwi", {"steady_state": "ideal"}),
+    ("mcrmwi", {"steady_state": "ideal", "signal": "magnitude"}),
+    ("mcrmwi", {"steady_state": "ideal", "fibres": 2} | DIFFUSION),
+    ("mcrmwi", {"steady_state": "ideal", "exchange": False, "share_background": True}),
     ("mcmicro", {}),
     ("nexi", {}),
     ("nexi", {"l_max": 2}),
@@ -128,14 +164,20 @@ def everywhere(model, n, seed):
 def differences(model, params, inputs, name):
     """Return the derivative by a parameter to fourth order in the step, and the step."""
     value = params[name]
+    box = next(p.start for p in model.parameters if p.name == name)
     step = 3e-4 * torch.where(value > 0.01, value, 1.0)
+    if box is not None:  # not far beyond a bound, of parameters much smaller than 1
+        step = step.clamp_max(1e-4 * (box[1] - box[0]))
     signal = [model.signal(params | {name: value + k * step}, inputs) for k in (-2, -1, 1, 2)]
     return (8 * (signal[2] - signal[1]) - (signal[3] - signal[0])) / (12 * step), step
 
 
 def draw_inputs(model, n, seed):
     rng = np.random.default_rng(seed)
-    return {name: torch.tensor(rng.uniform(0.7, 1.3, n)) for name in model.voxel_inputs}
+    return {
+        name: torch.tensor(model.input_defaults[name] * rng.uniform(0.7, 1.3, n))
+        for name in model.voxel_inputs
+    }
 
 
 def noisy(model, params, sd, seed, inputs=None):

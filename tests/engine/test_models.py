@@ -292,7 +292,7 @@ def test_declarations_are_complete(name, options):
     assert len(model.description) > 60
     assert all(ref.doi.startswith("10.") and ref.text for ref in model.references)
     assert model.references
-    units = ["1", "s", "ms", "1/s", "1/ms", "um", "um/s", "um^2/ms", "arbitrary"]
+    units = ["1", "s", "ms", "1/s", "1/ms", "um", "um/s", "um^2/ms", "ppm", "rad", "arbitrary"]
     for parameter in (*model.parameters, *model.derived):
         assert parameter.description
         assert parameter.unit in units
@@ -326,9 +326,8 @@ def test_derived_quantities():
 @MODELS
 def test_a_model_can_be_made_again_from_what_it_says(name, options):
     model = make_model(name, **options)
-    given = {option: getattr(model, option) for option in model.options}
-    assert given == type(model).options | options
-    again = type(model)(model.scheme, **given)
+    assert model.chosen == type(model).options | options
+    again = type(model)(model.scheme, **model.chosen)
     params = draw(model, 5, 13)
     assert torch.equal(again.signal(params), model.signal(params))
 
@@ -376,7 +375,8 @@ def test_installed_packages_can_announce_models(tmp_path, monkeypatch):
         (lambda: make_model("axcalibersmt", dn=-1.0), "dn must be a positive diffusivity"),
         (lambda: make_model("axcalibersmt", limit="none"), "is 'vangelderen' or 'neuman'"),
         (lambda: make_model("nexi", lmax=2), "no option 'lmax'; it has l_max"),
-        (lambda: make_model("r2star", l_max=2), "no option 'l_max'; it has none"),
+        (lambda: make_model("r1r2star", l_max=2), "no option 'l_max'; it has none"),
+        (lambda: make_model("r2star", l_max=2), "no option 'l_max'; it has signal"),
         (lambda: get_model("r2star")(DiffusionScheme(b=[1.0])), "needs a GradientEchoScheme"),
         (
             lambda: get_model("despot1")(GradientEchoScheme(flip_angle=[5, 10])),

@@ -87,8 +87,8 @@ class GradientEchoModel(SignalModel):
         return self.table("repetition_time", self.excitations[:, 1], like)
 
     def per_image(self, values: Tensor) -> Tensor:
-        """Return values of excitations, (excitations, ...), for each of their images."""
-        if len(self.excitations) == 1:
+        """Return values of excitations, (excitations or 1, ...), for each of their images."""
+        if len(values) == 1:
             return values
         key = ("excitation", torch.int64, values.device)
         if key not in self._tables:

@@ -84,7 +84,7 @@ FRACTIONS = (
         "IWF",
         "1",
         "Intra-axonal share of the water outside of myelin",
-        bounds=(0.0, 1.0),
+        bounds=(0.01, 0.99),
         start=(0.3, 0.9),
         window=(0.0, 1.0),
     ),
@@ -277,8 +277,9 @@ class ThreePools(GradientEchoModel):
         if len(names) == 1:
             frequencies = frequencies.mean(0, keepdim=True)
         wanted |= dict(zip(names, frequencies, strict=True))
-        model = self.signal({**wanted, "dpini": torch.zeros_like(data[0])}, inputs)
-        return wanted | {"dpini": phase_between(model.unflatten(0, (2, -1)), parts)}
+        rest = {"S0": torch.ones_like(data[0]), "dpini": torch.zeros_like(data[0])}
+        model = self.signal(wanted | rest, inputs).unflatten(0, (2, -1))
+        return wanted | {"dpini": phase_between(model, parts)}
 
     def per_image_parts(self, state: Tensor) -> Tensor:
         """Return complex values of excitations, (parts, excitations, ...), for their images."""
