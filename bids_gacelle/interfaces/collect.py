@@ -11,7 +11,9 @@ from nibabel.spatialimages import SpatialImage
 from nipype.interfaces.base import TraitedSpec, traits
 
 from bids_gacelle.bids.gradients import read_gradients
-from bids_gacelle.bids.series import Series, series_from_json
+from bids_gacelle.bids.series import SecondPart, Series, series_from_json
+from bids_gacelle.engine import EngineError
+from bids_gacelle.engine.prepare import PhaseScale, phase_scale
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
 from bids_gacelle.interfaces.provenance import input_digests
@@ -22,7 +24,9 @@ from bids_gacelle.spatial.motion import displacement
 
 
 class _CollectOutputSpec(TraitedSpec):
-    collected = traits.Dict(desc="volumes, reference (paths), reference_label, warnings, digests")
+    collected = traits.Dict(
+        desc="volumes, phases, reference (paths), reference_label, phase_unit, warnings, digests"
+    )
 
 
 class Collect(Step):
@@ -32,18 +36,27 @@ class Collect(Step):
     output_spec = _CollectOutputSpec
 
     def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
-        """Store the volumes (n, x, y, z) as float32, and the image that shows the anatomy."""
+        """Store the volumes (n, x, y, z) as float32, and the image that shows the anatomy.
+
+        Of complex images, ``phases`` are the phases in rad of the same shape, and the volumes
+        their magnitudes.
+        """
         series = series_from_json(self.inputs.series)
         loaded = load_volumes(series.images or [run.image for run in series.dwi_runs])
         image = loaded[0][0]
         volumes = _stacked([data for _, data in loaded])
+        warnings, phases, unit = [], "", ""
+        if series.second is not None:
+            volumes, turned, unit, warnings = _complex(series, volumes)
+            phases = str(cwd / "phases.npy")
+            np.save(phases, turned)
         label, compared = _anatomy(series, volumes, settings.b0_threshold)
         reference = nib.Nifti1Image(compared[0][1], image.affine, image.header)
         nib.save(reference, cwd / "reference.nii.gz")
         np.save(cwd / "volumes.npy", volumes)
         zooms = nib.affines.voxel_sizes(image.affine)
         moved = [m for m in displacement([v for _, v in compared], zooms) if m.warning]
-        warnings = [
+        warnings += [
             f"{compared[m.index][0]} {m.warning} (compared with {compared[0][0]})" for m in moved
         ]
         for warning in warnings:
@@ -51,6 +64,8 @@ class Collect(Step):
         return {
             "collected": {
                 "volumes": str(cwd / "volumes.npy"),
+                "phases": phases,
+                "phase_unit": unit,
                 "reference": str(cwd / "reference.nii.gz"),
                 "reference_label": label,
                 "warnings": warnings,
@@ -74,7 +89,10 @@ class MakeMask(Step):
     output_spec = _MaskOutputSpec
 
     def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
-        """Intersect the given masks, or make a quick one, and drop voxels without signal."""
+        """Intersect the given masks, or make a quick one of the voxels with signal.
+
+        Voxels of a given mask stay in it without a signal, where the fit calls them unusable.
+        """
         series = series_from_json(self.inputs.series)
         reference = reference_image(self.inputs.collected)
         signal = np.asarray(reference.dataobj, dtype=np.float32)
@@ -82,8 +100,7 @@ class MakeMask(Step):
             mask = np.logical_and.reduce([load_mask(p, reference) for p in series.mask.images])
         else:
             mask = quick_mask(signal)
-        mask &= np.isfinite(signal) & (signal > 0)
-        if not mask.any():
+        if not (mask & np.isfinite(signal) & (signal > 0)).any():
             where = ", ".join(series.mask.images) or "made from the signal"
             raise InputError(
                 f"sub-{series.subject} {series.label}: the mask ({where}) holds no voxel with "
@@ -110,6 +127,49 @@ def _stacked(images: list[np.ndarray]) -> np.ndarray:
     """Volumes of all images one after the other, (n, x, y, z)."""
     parts = [np.moveaxis(d, 3, 0) if d.ndim == 4 else d[None] for d in images]
     return np.concatenate(parts).astype(np.float32, copy=False)
+
+
+def _complex(
+    series: Series, volumes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
+    """Magnitudes and phases in rad of complex images, the unit of the phase, and doubts about it.
+
+    The phases are those of the scanner: nothing is said of their sign.
+    """
+    second = series.second
+    assert second is not None
+    others = _stacked([data for _, data in load_volumes(second.images)])
+    if others.shape != volumes.shape:
+        raise InputError(
+            f"{second.images[0]} and the other {second.part} images have the shape "
+            f"{others.shape[1:]}, the images beside them {volumes.shape[1:]}; convert them again, "
+            f"or pass --ignore phase."
+        )
+    if second.part == "imag":
+        return np.hypot(volumes, others), np.arctan2(others, volumes), "", []
+    scale, warnings = _phase_scale(series, second, others, volumes)
+    others -= np.float32(scale.zero)
+    others *= np.float32(scale.factor)
+    return volumes, others, scale.text, warnings
+
+
+def _phase_scale(
+    series: Series, second: SecondPart, phases: np.ndarray, magnitudes: np.ndarray
+) -> tuple[PhaseScale, list[str]]:
+    """How the phases become radians, said in the log."""
+    # a background that was masked has the phase 0, or the lowest integer
+    inside = [phase[magnitude > 0] for phase, magnitude in zip(phases, magnitudes, strict=True)]
+    try:
+        scale = phase_scale(inside, second.units)
+    except EngineError as error:
+        raise InputError(
+            f"{second.images[0]}: {error}. --ignore phase fits the magnitudes alone."
+        ) from error
+    said = f"the phase images {Path(second.images[0]).name}, ... are taken for {scale.text}"
+    if scale.assumed:
+        return scale, [said]
+    LOGGER.info("sub-%s %s: %s", series.subject, series.label, said)
+    return scale, []
 
 
 def _anatomy(

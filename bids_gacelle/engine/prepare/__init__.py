@@ -13,6 +13,7 @@ from bids_gacelle.engine.prepare.directions import unevenness
 from bids_gacelle.engine.prepare.dwi import prepare_dwi
 from bids_gacelle.engine.prepare.gre import Demodulated, demodulate, excitations
 from bids_gacelle.engine.prepare.harmonics import real_sh, sh_fit_matrix
+from bids_gacelle.engine.prepare.phase import PhaseScale, phase_scale
 from bids_gacelle.engine.prepare.prepared import B0Groups, PreparedDwi
 from bids_gacelle.engine.prepare.volumes import DwiVolumes
 
@@ -20,9 +21,11 @@ __all__ = [
     "B0Groups",
     "Demodulated",
     "DwiVolumes",
+    "PhaseScale",
     "PreparedDwi",
     "demodulate",
     "excitations",
+    "phase_scale",
     "prepare_dwi",
     "real_sh",
     "sh_fit_matrix",
