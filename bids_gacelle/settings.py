@@ -22,6 +22,7 @@ CHOICES = {
     "loss": ("l2", "l1", "huber"),
     "prior": ("weak",),
     "precision": ("float32", "float64"),
+    "phase_sign": ("positive", "negative"),
 }
 """What settings of a few fixed values can be (None where a setting may be left out)."""
 
@@ -63,6 +64,7 @@ class Settings:
     """Voxel input of a model -> path, in which {subject} and {session} stand for labels."""
     write_scheme: bool = False
     b0_threshold: float = 100.0
+    phase_sign: str = "positive"
     assume_ms: tuple[str, ...] = ()
     solver: str = "lm"
     noise: str = "gaussian"

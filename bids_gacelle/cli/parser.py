@@ -214,8 +214,15 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         "--ignore",
         nargs="+",
         action="extend",
-        choices=("tb1", "noise", "graddev"),
-        help="leave out an input that is there: the B1 map, noise map or gradient deviations",
+        choices=("tb1", "noise", "graddev", "phase"),
+        help="leave out an input that is there: the B1 map, noise map, gradient deviations, or "
+        "the phase of gradient echoes",
+    )
+    group.add_argument(
+        "--phase-sign",
+        choices=CHOICES["phase_sign"],
+        help="whether the phase of the images grows (positive, default) or falls (negative) with "
+        "echo time where the field is higher; scanners differ",
     )
     group.add_argument(
         "--bids-database-dir",

@@ -172,10 +172,10 @@ def fit(
     variable BIDS_GACELLE_COMPILE to never or always to have one of them whatever the size.
 
     A voxel is unusable (flag 4) when a measurement is not finite, all are zero, the first (echo,
-    flip angle or shell) is not positive, its sigma or a voxel input is not a positive number, its
-    scale_sigma is negative or no number, or, without a prior, fewer measurements than parameters
-    have a finite sigma and a weight. Single non-positive values elsewhere are noise and are
-    fitted.
+    flip angle or shell) is not positive (of magnitudes), its sigma or a voxel input is not a
+    positive number (or not within the limits that the model has for that input), its scale_sigma
+    is negative or no number, or, without a prior, fewer measurements than parameters have a finite
+    sigma and a weight. Single non-positive values elsewhere are noise and are fitted.
     """
     began = time.perf_counter()
     grid = tuple(np.shape(data)[1:])

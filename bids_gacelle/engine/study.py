@@ -366,7 +366,12 @@ class Study:
             usable &= data[0] > 0
         if inputs is not None:
             for name, row in zip(self.inputs, inputs, strict=True):
-                usable &= row.isfinite() & (row >= 0 if name in model.inputs_from_zero else row > 0)
+                usable &= row.isfinite()
+                if name in model.input_limits:
+                    low, high = model.input_limits[name]
+                    usable &= (row >= low) & (row <= high)
+                else:
+                    usable &= row > 0
         if sigma is not None:
             usable &= (sigma > 0).all(0) & sigma.isfinite().any(0)
         if common is not None:

@@ -13,8 +13,8 @@ from bids_gacelle.bids.series import Finding, Job, Series
 from bids_gacelle.engine import EngineError, SignalModel, adequacy
 from bids_gacelle.engine.scheme import Scheme
 from bids_gacelle.errors import InputError
-from bids_gacelle.interfaces.models import model_class, split_options
-from bids_gacelle.interfaces.prepare import acquired, measurements_of
+from bids_gacelle.interfaces.models import model_class
+from bids_gacelle.interfaces.prepare import acquired, measurements_of, options_of
 from bids_gacelle.settings import Settings
 
 MOST_VOXELS = 50_000
@@ -66,7 +66,7 @@ class _Judge:
         self.settings = settings
         self._series: Series | None = None
         self._acquired: dict[str, Any] = {}
-        self._known: dict[tuple[str, str], Doubt | None] = {}
+        self._known: dict[tuple[str, str, str], Doubt | None] = {}
 
     def doubt(self, job: Job) -> Doubt | None:
         """What speaks against a job; None also where its preparation will say what is wrong."""
@@ -82,14 +82,13 @@ class _Judge:
             _, scheme, _ = measurements_of(job.model, self.settings, self._acquired)
         except (EngineError, InputError) as error:
             return Doubt(str(error).rstrip("."), can_be_fitted=False)
-        key = (job.model, repr(scheme))
+        own = options_of(job.model, self.settings, self._acquired)
+        key = (job.model, repr(scheme), repr(own))
         if key not in self._known:
-            self._known[key] = self._ask(job.model, scheme)
+            self._known[key] = self._ask(job.model, scheme, own)
         return self._known[key]
 
-    def _ask(self, name: str, scheme: Scheme) -> Doubt | None:
-        given = self.settings.model_options.get(name, {})
-        own, _ = split_options(name, given, self.settings.solver)
+    def _ask(self, name: str, scheme: Scheme, own: dict[str, Any]) -> Doubt | None:
         try:
             lost = adequacy.undetermined(model_class(name, self.settings)(scheme, **own))
         except EngineError as error:
@@ -112,8 +111,9 @@ def protocol_adequacy(
     noise = _noise(model, measured, rows)
     assumed = noise is None
     sigma = adequacy.assumed_sigma(model) if noise is None else noise
-    scale = None if assumed else _median(measured["scale_sigma"])
-    groups = None if assumed else np.asarray(measured["scale_group"])[rows]
+    shared = not assumed and "scale_sigma" in measured
+    scale = _median(measured["scale_sigma"]) if shared else None
+    groups = np.asarray(measured["scale_group"])[rows] if shared else None
     found = adequacy.expected_sd(
         model,
         sigma,
@@ -140,6 +140,8 @@ def _noise(model: SignalModel, measured: dict[str, Any], rows: Any) -> np.ndarra
     if not measured["sigma"]:
         return None
     sigma = _median(measured["sigma"])[rows][: model.n_measurements]
+    if model.kind != "dwi":  # images in a unit of their own
+        sigma = sigma / _median(measured["signals"]).max()
     return sigma if (sigma > 0).all() else None
 
 

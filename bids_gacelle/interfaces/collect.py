@@ -16,6 +16,7 @@ from bids_gacelle.engine import EngineError
 from bids_gacelle.engine.prepare import PhaseScale, phase_scale
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
+from bids_gacelle.interfaces.gradient_echo import uses_phases
 from bids_gacelle.interfaces.provenance import input_digests
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes
@@ -45,8 +46,11 @@ class Collect(Step):
         loaded = load_volumes(series.images or [run.image for run in series.dwi_runs])
         image = loaded[0][0]
         volumes = _stacked([data for _, data in loaded])
-        warnings, phases, unit = [], "", ""
-        if series.second is not None:
+        warnings: list[str] = []
+        phases = unit = ""
+        if series.second is not None and (
+            uses_phases(series, settings) or series.second.part == "imag"
+        ):
             volumes, turned, unit, warnings = _complex(series, volumes)
             phases = str(cwd / "phases.npy")
             np.save(phases, turned)
@@ -129,9 +133,7 @@ def _stacked(images: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32, copy=False)
 
 
-def _complex(
-    series: Series, volumes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
+def _complex(series: Series, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
     """Magnitudes and phases in rad of complex images, the unit of the phase, and doubts about it.
 
     The phases are those of the scanner: nothing is said of their sign.

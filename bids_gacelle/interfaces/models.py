@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from bids_gacelle.bids.options import ModelNeeds
@@ -14,6 +15,31 @@ from bids_gacelle.engine.solvers import check_solver_options, solver_options
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.model_files import model_file
 from bids_gacelle.settings import Settings
+
+WEIGHTINGS = ("none", "first-echo")
+"""How the echoes of gradient-echo data can be weighted."""
+
+
+@dataclass(frozen=True)
+class EchoOptions:
+    """What ``--set`` says of the data of a model of gradient echoes, not of model or solver.
+
+    ``weighting`` "first-echo" weighs each image by its magnitude relative to the first echo of
+    its flip angle, to the power ``weighting_power``. ``plausibility`` flags (and does not leave
+    out) voxels that break a rule; by default where the model names rules.
+    """
+
+    weighting: str = "none"
+    weighting_power: float = 1.0
+    plausibility: bool = False
+
+    @property
+    def weighted(self) -> bool:
+        """Whether echoes have different weights."""
+        return self.weighting == "first-echo"
+
+
+ECHO_OPTIONS = tuple(f.name for f in fields(EchoOptions))
 
 
 def get_model(name: str) -> type[SignalModel]:
@@ -81,6 +107,10 @@ def split_options(
     """
     known = get_model(model).options
     tuning = [name for name in ("starts", *solver_options(solver)) if name not in known]
+    if get_model(model).kind != "dwi":
+        echo_options(model, options)
+        tuning += ECHO_OPTIONS
+        options = {k: v for k, v in options.items() if k not in ECHO_OPTIONS}
     for name in options:
         if name not in known and name not in tuning:
             have = ", ".join([*known, *tuning])
@@ -97,6 +127,29 @@ def split_options(
         raise InputError(f"--set {model}: {error}") from error
     starts = {"starts": rest.pop("starts")} if "starts" in rest else {}
     return own, starts | ({"options": rest} if rest else {})
+
+
+def echo_options(model: str, options: Mapping[str, Any]) -> EchoOptions:
+    """The options of the data of a model of gradient echoes.
+
+    Raises
+    ------
+    InputError
+        A value is not allowed.
+    """
+    given = {k: v for k, v in options.items() if k in ECHO_OPTIONS}
+    chosen = EchoOptions(**{"plausibility": bool(get_model(model).plausibility), **given})
+    power = chosen.weighting_power
+    number = isinstance(power, int | float) and not isinstance(power, bool) and power >= 0
+    for right, name, wanted in (
+        (chosen.weighting in WEIGHTINGS, "weighting", " or ".join(WEIGHTINGS)),
+        (number, "weighting_power", "a number of at least 0"),
+        (isinstance(chosen.plausibility, bool), "plausibility", "true or false"),
+    ):
+        if not right:
+            value = getattr(chosen, name)
+            raise InputError(f"--set {model}.{name}: it can be {wanted}, not {value!r}.")
+    return chosen
 
 
 def check_options(
@@ -139,7 +192,10 @@ def describe_models() -> str:
             needs += " with known pulse duration and separation"
         if model.minimum_echo_times > 1:
             needs += f", at least {model.minimum_echo_times} echo times"
-        options = ", ".join(f"{k}={v}" for k, v in model.options.items()) or "none"
+        known = dict(model.options)
+        if model.kind != "dwi":
+            known |= vars(echo_options(name, {}))
+        options = ", ".join(f"{k}={v}" for k, v in known.items()) or "none"
         given = model_file(name)
         lines += [
             f"{name}: {model.title}" + (f" ({given[0]})" if given else ""),

@@ -23,6 +23,7 @@ FIT_SETTINGS = (
     "precision",
     "random_seed",
     "b0_threshold",
+    "phase_sign",
 )
 """Settings that change the numbers in the maps."""
 

@@ -72,6 +72,7 @@ def test_an_interrupted_fit_stays_interrupted(monkeypatch):
     monkeypatch.setattr(module, "series_from_json", lambda series: series)
     monkeypatch.setattr(module, "build_model", lambda *_: (None, np.ones((2, 20))))
     monkeypatch.setattr(module, "_fit_call", lambda *_: interrupted)
+    monkeypatch.setattr(module, "fallback", lambda *_: "")
     monkeypatch.setattr(module, "protocol_adequacy", lambda *_: {"sentences": []})
 
     class Inputs:

@@ -123,14 +123,18 @@ class SignalModel(ABC):
     voxel_inputs, input_defaults
         Names of maps the signal depends on (such as b1), and the value when none is given. Those
         that an instance has may depend on its options.
-    inputs_from_zero
-        Names of voxel inputs that may be 0; others are positive.
+    input_limits
+        Least and largest value of voxel inputs that may be 0 or have an upper limit; the others
+        are positive. A voxel with another value is unusable.
     options, choices
         Constructor options with their defaults, whose type they keep; allowed values of those
         that have few. An instance has its values as attributes (unless there is a method of that
         name), and all of them in `chosen`.
     required
         Columns the acquisition must have.
+    plausibility
+        Of a model of gradient echoes, the rules (`prepare.echoes.RULES`) by which voxels are
+        flagged unless told otherwise.
     has_closed_form
         Whether the model gives a `closed_form`; set by itself.
     starts
@@ -160,10 +164,11 @@ class SignalModel(ABC):
     minimum_echo_times: ClassVar[int] = 1
     voxel_inputs: tuple[str, ...] = ()
     input_defaults: dict[str, float] = {}  # noqa: RUF012
-    inputs_from_zero: ClassVar[tuple[str, ...]] = ()
+    input_limits: dict[str, tuple[float, float]] = {}  # noqa: RUF012
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
     required: ClassVar[tuple[str, ...]] = ()
+    plausibility: ClassVar[tuple[str, ...]] = ()
     starts: ClassVar[int] = 1
     compile_from: ClassVar[int] = 300_000
     has_closed_form: ClassVar[bool] = False

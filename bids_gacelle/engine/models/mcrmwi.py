@@ -24,18 +24,21 @@ from bids_gacelle.engine.models.threepools import (
 )
 from bids_gacelle.engine.physics.epgx import spoiled_steady_state
 from bids_gacelle.engine.physics.steady_state import rational_fit
+from bids_gacelle.engine.physics.surrogate import (
+    R2_MYELIN,
+    Surrogate,
+    model_card,
+    outside_range,
+)
 from bids_gacelle.engine.physics.two_pools import bloch_mcconnell
 from bids_gacelle.engine.scheme import GradientEchoScheme
-
-# Of myelin water in s; extended phase graphs need it, the signal has R2sMW.
-_T2_MYELIN_S = 0.015
 
 _RELAXATION = (
     Parameter(
         "R1IEW",
         "1/s",
         "Longitudinal relaxation rate of intra-axonal and extra-cellular water",
-        bounds=(0.2, 5.0),
+        bounds=(0.2, 2.0),
         start=(0.5, 1.5),
         window=(0.0, 2.0),
         suffix="R1map",
@@ -67,8 +70,8 @@ class McrMwi(ThreePools):
     ``steady_state`` says how m is found: "epgx" simulates spoiling by gradients and RF phase (with
     the increment of the acquisition, or ``spoiling_increment`` in degrees where it is not known),
     "surrogate" is a fast approximation of that within the range it was made for, and "ideal" is
-    the Bloch-McConnell steady state with no transverse magnetisation left before a pulse. T2 of the
-    water outside of myelin is taken to be 1 / R2sIW.
+    the Bloch-McConnell steady state with no transverse magnetisation left before a pulse. For
+    spoiling, T2 of myelin water is 15 ms, and that of the other water 1 / R2sIW.
 
     With ``exchange=False`` the pools do not exchange, and kIEWM is not fitted.
     """
@@ -153,6 +156,7 @@ class McrMwi(ThreePools):
         if not 0 < self.t1_myelin < float("inf"):
             raise EngineError(f"t1_myelin must be a time in s above 0, got {self.t1_myelin}.")
         self.increment = self._increment()
+        self.surrogate = self._find_surrogate() if self.steady_state == "surrogate" else None
         self.shaping = ("MWF", "R1IEW", "kIEWM") if self.exchange else ("MWF", "R1IEW")
         if self.steady_state != "ideal":
             self.shaping += ("R2sIW",)
@@ -206,11 +210,38 @@ class McrMwi(ThreePools):
         if self.steady_state == "ideal":
             free, myelin = bloch_mcconnell(fraction, r1, r1_myelin, exchange, tr, angle)
             return free[None], myelin[None]
-        r2_myelin = torch.full_like(fraction, 1 / _T2_MYELIN_S)
+        if self.surrogate is not None:
+            found = self.surrogate(fraction, r1, r2, r1_myelin, exchange, tr, angle)
+            return (
+                _from_polar(found.free, found.free_phase),
+                _from_polar(found.myelin, found.myelin_phase),
+            )
+        r2_myelin = torch.full_like(fraction, R2_MYELIN)
         free, myelin = spoiled_steady_state(
             fraction, r1, r2, r1_myelin, r2_myelin, exchange, tr, angle, self.increment
         )
         return torch.stack((free.real, free.imag)), torch.stack((myelin.real, myelin.imag))
+
+    def _find_surrogate(self) -> Surrogate:
+        """Return the surrogate; flip angles beyond its range make a voxel unusable.
+
+        Raises
+        ------
+        EngineError
+            It was not made for this protocol.
+        """
+        angles = self.excitations[:, 0]
+        for time in np.unique(self.excitations[:, 1]):
+            wrong = outside_range(time, np.deg2rad(angles), self.t1_myelin, self.increment)
+            if wrong:
+                raise EngineError(
+                    f"{self.name}: {wrong} Set steady_state='epgx' to simulate the steady states "
+                    "directly, which takes longer."
+                )
+        low, high = model_card()["ranges"]["angle_deg"]
+        limits = (low / float(angles.min()), high / float(angles.max()))
+        self.input_limits = self.input_limits | {"b1": limits}
+        return Surrogate(self.increment)
 
     def _background(self, number: int) -> Parameter:
         angle, time = self.excitations[number]
@@ -231,3 +262,8 @@ class McrMwi(ThreePools):
                 f"{given.min():g} to {given.max():g} degrees."
             )
         return float(given[0])
+
+
+def _from_polar(size: Tensor, phase: Tensor) -> Tensor:
+    """Return real and imaginary parts, on axis 0."""
+    return torch.stack((size * torch.cos(phase), size * torch.sin(phase)))

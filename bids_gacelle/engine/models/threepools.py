@@ -91,8 +91,8 @@ FRACTIONS = (
 )
 DECAYS = (
     _rate("MW", "myelin water", (40.0, 300.0), (60.0, 150.0)),
-    _rate("IW", "intra-axonal water", (2.0, 60.0), (8.0, 25.0)),
-    _rate("EW", "extra-cellular water", (2.0, 60.0), (14.0, 35.0)),
+    _rate("IW", "intra-axonal water", (2.0, 50.0), (8.0, 25.0)),
+    _rate("EW", "extra-cellular water", (2.0, 50.0), (14.0, 35.0)),
 )
 SHIFTS = (
     _shift("MW", "myelin water", (-0.1, 0.25), (0.0, 0.12)),
@@ -155,10 +155,9 @@ class ThreePools(GradientEchoModel):
         "rho": MYELIN_WATER_DENSITY,
     }
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"signal": ("complex", "magnitude")}
-    inputs_from_zero: ClassVar[tuple[str, ...]] = (
-        "iwf",
-        *(f"{name}{n}" for name in ("theta", "ff") for n in range(1, 10)),
-    )
+    input_limits = {"iwf": (0.0, 1.0)} | {  # noqa: RUF012
+        f"{name}{n}": (0.0, float("inf")) for name in ("theta", "ff") for n in range(1, 10)
+    }
     shaping: tuple[str, ...] = ("MWF",)
     fibres: int
     rho: float
