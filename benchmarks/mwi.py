@@ -27,12 +27,12 @@ import torch
 from protocols import RESULTS, machine
 
 from bids_gacelle.engine import GradientEchoScheme, fit, get_model
-from bids_gacelle.engine.prepare.gre import demodulate
+from bids_gacelle.engine.models.threepools import MYELIN_WATER_DENSITY
+from bids_gacelle.engine.prepare import demodulate
 from bids_gacelle.phantom.anatomy import BRAINSTEM, CEREBELLUM, NUCLEI, Anatomy, Label
 from bids_gacelle.phantom.head import Head
 from bids_gacelle.phantom.myelin import (
     MWI,
-    MYELIN_DENSITY,
     MYELIN_T1_S,
     MYELIN_T2_S,
     Protocol,
@@ -291,8 +291,8 @@ class NumpyModel:
 
     def steady_states(self, p):
         """Return IEW and MW at every flip angle: EPG-X by recurrence over the orders."""
-        volume = 1 - p["MWF"] + p["MWF"] / MYELIN_DENSITY
-        f = p["MWF"] / MYELIN_DENSITY / volume
+        volume = 1 - p["MWF"] + p["MWF"] / MYELIN_WATER_DENSITY
+        f = p["MWF"] / MYELIN_WATER_DENSITY / volume
         tr, step = self.protocol.repetition_time, np.radians(self.protocol.spoiling_increment)
         k, back = p["kIEWM"], p["kIEWM"] * (1 - f) / f
         exchange = np.array([[-k, back], [k, -back]])
@@ -316,7 +316,7 @@ class NumpyModel:
         x = line(0, echo)
         response = x @ np.linalg.inv(x + x.conj() - one + pulse(0).real)
         states = 2 * np.tan(self.angles / 2)[:, None] * (response @ np.array([1 - f, f]))
-        return states[:, 0] * volume, states[:, 1] * volume * MYELIN_DENSITY
+        return states[:, 0] * volume, states[:, 1] * volume * MYELIN_WATER_DENSITY
 
 
 def main():

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bids_gacelle.engine.models.threepools import MYELIN_WATER_DENSITY
+from bids_gacelle.engine.physics import hollow_cylinder
 from bids_gacelle.engine.physics.epgx import spoiled_steady_state
 from bids_gacelle.phantom.anatomy import Label
 from bids_gacelle.phantom.head import Head
@@ -28,8 +30,6 @@ from bids_gacelle.phantom.magnet import GYROMAGNETIC_RATIO
 from bids_gacelle.phantom.parcels import PARCELS, parcel_labels, parcel_mwf
 from bids_gacelle.phantom.tissue import POOLS
 
-MYELIN_DENSITY = 0.36 / 0.86
-"""Water of myelin per volume, relative to that of the other pools."""
 MYELIN_T1_S, MYELIN_T2_S = 0.234, 0.015
 MWF_RANGE = (0.05, 0.20)
 """Of white matter."""
@@ -42,7 +42,6 @@ def silent(share: float) -> None:
     """Tell nobody."""
 
 
-_ISOTROPIC_PPM, _ANISOTROPIC_PPM, _EXCHANGE_PPM = -0.1, -0.1, 0.02  # susceptibility of myelin
 _CASES_AT_ONCE = 40_000  # of which one report of progress is made
 
 
@@ -91,21 +90,17 @@ def water_pools(head: Head) -> dict[str, np.ndarray]:
     variation = pools["MWF"][white] / np.mean(pools["MWF"][white])
     pools["MWF"][white] = np.clip(mean[parcels[white]] * variation, *MWF_RANGE)
     pools["theta"] = np.arccos(np.clip(np.abs(head.fibres()[:, 2]), 0, 1))
-    pools["freqMW"], pools["freqIW"] = _hollow_cylinder(pools)
+    pools["freqMW"], pools["freqIW"] = _cylinders(pools)
     return pools
 
 
-def _hollow_cylinder(pools: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _cylinders(pools: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """Return the frequencies of MW and IW in ppm; 0 where there is no myelin."""
-    sine2 = np.sin(pools["theta"]) ** 2
-    myelin = pools["MWF"] / MYELIN_DENSITY
-    axon = (1 - pools["MWF"]) * pools["IWF"]
-    there = pools["MWF"] > 0
-    ratio2 = np.where(there, axon / np.where(there, axon + myelin, 1), 0.5)  # g-ratio squared
-    c1 = 0.25 + 1.5 * ratio2 / (1 - ratio2) * np.log(ratio2)
-    mw = _ISOTROPIC_PPM / 2 * (2 / 3 - sine2) + _ANISOTROPIC_PPM / 2 * (c1 * sine2 - 1 / 3)
-    iw = -0.75 * _ANISOTROPIC_PPM * sine2 * 0.5 * np.log(ratio2)
-    return np.where(there, mw + _EXCHANGE_PPM, 0.0), np.where(there, iw, 0.0)
+    axon = torch.from_numpy((1 - pools["MWF"]) * pools["IWF"])
+    myelin = torch.from_numpy(pools["MWF"] / MYELIN_WATER_DENSITY)
+    sin2 = torch.from_numpy(np.sin(pools["theta"]) ** 2)
+    found = hollow_cylinder.frequencies(hollow_cylinder.myelin_share(axon, myelin), sin2)
+    return [torch.where(myelin > 0, frequency, 0.0).numpy() for frequency in found]
 
 
 def steady_states(
@@ -135,8 +130,8 @@ def steady_states(
     iew, mw : complex128 (flip angles, voxels)
         Signal of both pools right after the pulse.
     """
-    volume = pools["S0"] * (1 - pools["MWF"] + pools["MWF"] / MYELIN_DENSITY)
-    fraction = pools["S0"] * pools["MWF"] / MYELIN_DENSITY / volume
+    volume = pools["S0"] * (1 - pools["MWF"] + pools["MWF"] / MYELIN_WATER_DENSITY)
+    fraction = pools["S0"] * pools["MWF"] / MYELIN_WATER_DENSITY / volume
     columns = (fraction, pools["R1IEW"], pools["R2sIW"], pools["kIEWM"], b1)
     shape = len(protocol.flip_angles), len(b1)
     iew, mw = np.empty(shape, np.complex128), np.empty(shape, np.complex128)
@@ -159,7 +154,7 @@ def steady_states(
         )
         iew[:, part], mw[:, part] = (states.numpy() for states in found)
         progress(min(1.0, (start + step) / len(b1)))
-    return iew * volume, mw * (volume * MYELIN_DENSITY)
+    return iew * volume, mw * (volume * MYELIN_WATER_DENSITY)
 
 
 def echo(
