@@ -325,6 +325,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", default=["r2star", "gremwi", "mcrmwi"])
+    parser.add_argument("--steady-state", default="surrogate", help="of mcrmwi")
     parser.add_argument("--scipy-voxels", type=int, default=50)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -333,6 +334,8 @@ def main():
     for case in CASES:
         if case.name not in arguments.models:
             continue
+        if case.name == "mcrmwi":
+            case = case._replace(options={"steady_state": arguments.steady_state})
         if case.protocol not in scans:
             scans[case.protocol] = Scan(head, case.protocol)
         scan = scans[case.protocol]
