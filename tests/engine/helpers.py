@@ -167,7 +167,7 @@ def differences(model, params, inputs, name):
     box = next(p.start for p in model.parameters if p.name == name)
     step = 3e-4 * torch.where(value > 0.01, value, 1.0)
     if box is not None:  # not far beyond a bound, of parameters much smaller than 1
-        step = step.clamp_max(1e-4 * (box[1] - box[0]))
+        step = step.clamp_max(3e-5 * (box[1] - box[0]))
     signal = [model.signal(params | {name: value + k * step}, inputs) for k in (-2, -1, 1, 2)]
     return (8 * (signal[2] - signal[1]) - (signal[3] - signal[0])) / (12 * step), step
 

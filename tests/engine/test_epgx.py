@@ -9,6 +9,7 @@ import torch
 
 from bids_gacelle.engine.derivatives import directional
 from bids_gacelle.engine.physics.epgx import spoiled_steady_state, truncation_order
+from bids_gacelle.engine.physics.epgx_derivatives import spoiled_steady_state_derivatives
 from bids_gacelle.engine.physics.two_pools import bloch_mcconnell
 
 F64 = torch.float64
@@ -177,22 +178,58 @@ def test_neighbours_blocks_and_shape_do_not_matter():
     torch.testing.assert_close(single[0], free[7], atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize("which", [0, 1, 2, 5, 7])
-def test_derivatives_by_forward_mode(which):
-    values = cases(50)
-    needed = int(truncation_order(*(values[i] for i in (0, 2, 4, 5, 6)), 1e-10).max())
-    tangents = tuple((torch.ones_like if i == which else torch.zeros_like)(v)
-                     for i, v in enumerate(values))  # fmt: skip
+@pytest.mark.parametrize("increment", INCREMENTS)
+def test_derivatives_are_those_of_forward_mode(increment):
+    values = cases(100)
+    ours = spoiled_steady_state_derivatives(*values, increment, 16)
+    single = spoiled_steady_state_derivatives(*(v.float() for v in values), increment, 16)
 
     def signal(*v):
-        return torch.view_as_real(torch.stack(spoiled_steady_state(*v, 50.0, orders=needed)))
+        return torch.view_as_real(torch.stack(spoiled_steady_state(*v, increment, orders=16)))
 
-    _, slope = directional(signal, values, tangents)
+    for which, name in zip((0, 1, 2, 5, 7), ours._fields[1:], strict=True):
+        tangents = tuple((torch.ones_like if i == which else torch.zeros_like)(v)
+                         for i, v in enumerate(values))  # fmt: skip
+        value, slope = directional(signal, values, tangents)
+        torch.testing.assert_close(torch.view_as_real(ours.signal), value, atol=1e-13, rtol=0)
+        mine = torch.view_as_real(getattr(ours, name))
+        torch.testing.assert_close(mine, slope, atol=1e-10, rtol=1e-9)
+        mine = torch.view_as_real(getattr(single, name))
+        torch.testing.assert_close(mine.double(), slope, atol=2e-6, rtol=1e-4)
+
+
+def test_derivatives_are_those_of_central_differences():
+    values = cases(100)
+    needed = int(truncation_order(*(values[i] for i in (0, 2, 4, 5, 6)), 1e-12).max())
+    ours = spoiled_steady_state_derivatives(*values, 50.0, needed)
     step = 1e-6
-    up, down = (
-        signal(*(v + s * step * t for v, t in zip(values, tangents, strict=True))) for s in (1, -1)
-    )
-    torch.testing.assert_close(slope, (up - down) / (2 * step), atol=1e-6, rtol=1e-5)
+    for which, name in zip((0, 1, 2, 5, 7), ours._fields[1:], strict=True):
+        up, down = (
+            torch.stack(
+                spoiled_steady_state(
+                    *(v + s * step * (i == which) for i, v in enumerate(values)),
+                    50.0,
+                    tolerance=1e-12,
+                )
+            )
+            for s in (1, -1)
+        )
+        torch.testing.assert_close(
+            getattr(ours, name), (up - down) / (2 * step), atol=1e-7, rtol=1e-6
+        )
+
+
+def test_derivatives_are_finite_at_the_limits():
+    f, k, a = torch.tensor(
+        [[f, k, a] for f in (0.0, 1e-8, 0.72) for k in (0.0, 1e-8, 10.0) for a in (0.001, 1.9)]
+    ).T
+    one = torch.ones_like(f)
+    for r1 in (0.3, 2.0):
+        rates = r1 * one, 10 * one, 2 * one, one / 0.015
+        found = spoiled_steady_state_derivatives(f, *rates, k, 0.04 * one, a, 50.0, 12)
+        for part in found:
+            assert part.isfinite().all()
+            assert part.abs().max() < 10
 
 
 def test_published_surrogate_is_as_close_as_it_is_accurate(shared):

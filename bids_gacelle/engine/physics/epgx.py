@@ -41,8 +41,8 @@ Symmetric = tuple[Tensor, Tensor, Tensor]  # entries 11, 12, 22
 class _Train(NamedTuple):
     """What the recurrence needs of each case, in the eigenmodes of the transverse relaxation."""
 
-    decay: tuple[Tensor, Tensor]  # E2 of both modes
-    stored: tuple[Tensor, Tensor]  # rates of E1 times TR
+    decay: Symmetric  # products of E2 of both modes
+    stored: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # E1 and 1 - E1 of both modes
     cosine: Tensor  # of twice the angle between the longitudinal and the transverse modes
     sine: Tensor
     tangent: Tensor  # tan(a / 2)
@@ -138,16 +138,9 @@ def _steady_state(flat: Tensor, increment: float, orders: int) -> tuple[Tensor, 
     fraction, r1_free, r2_free, r1_myelin, r2_myelin, exchange, tr, angle = flat
     along = exchange_modes(fraction, r1_free, r1_myelin, exchange)
     across = exchange_modes(fraction, r2_free, r2_myelin, exchange)
-    train = _Train(
-        decay=(torch.exp(-tr * across.slow), torch.exp(-tr * (across.slow + across.spread))),
-        stored=(tr * along.slow, tr * (along.slow + along.spread)),
-        cosine=along.cosine * across.cosine + along.sine * across.sine,
-        sine=along.sine * across.cosine - along.cosine * across.sine,
-        tangent=torch.tan(0.5 * angle),
-        increment=math.radians(increment),
-    )
+    train = _train(along, across, tr, angle, increment)
     x11, x12, x22 = _inverse(_line(train, 0, _last(train, orders)))
-    y11, y12, y22 = (y.real for y in _pulse(train, 0))
+    y11, y12, y22 = (y.real for y in _turned(train, *_pulse(train, 0)))
     v11, v12, v22 = _inverse((2 * x11.real - 1 + y11, 2 * x12.real + y12, 2 * x22.real - 1 + y22))
     response = (
         x11 * v11 + x12 * v12,
@@ -164,13 +157,27 @@ def _steady_state(flat: Tensor, increment: float, orders: int) -> tuple[Tensor, 
     )
 
 
+def _train(along: Modes, across: Modes, tr: Tensor, angle: Tensor, increment: float) -> _Train:
+    slow, fast = tr * across.slow, tr * (across.slow + across.spread)
+    stored = tr * along.slow, tr * (along.slow + along.spread)
+    first, second = ((torch.exp(-rate), -torch.expm1(-rate)) for rate in stored)
+    return _Train(
+        decay=(torch.exp(-2 * slow), torch.exp(-slow - fast), torch.exp(-2 * fast)),
+        stored=(first, second),
+        cosine=along.cosine * across.cosine + along.sine * across.sine,
+        sine=along.sine * across.cosine - along.cosine * across.sine,
+        tangent=torch.tan(0.5 * angle),
+        increment=math.radians(increment),
+    )
+
+
 def _last(train: _Train, orders: int) -> Symmetric:
     """Return (X_1 + Y_1)^-1, with no echo from `orders` on."""
     one = torch.ones_like(train.tangent)
     echo = one, torch.zeros_like(one), one
     for k in range(orders - 1, 0, -1):
         t11, t12, t22 = line = _line(train, k, echo)
-        y11, y12, y22 = _pulse(train, k)
+        y11, y12, y22 = _turned(train, *_pulse(train, k))
         # (T^-1 + Y)^-1 of 2x2 matrices, with one division.
         det = _det(line)
         scale = 1 / (1 + t11 * y11 + 2 * t12 * y12 + t22 * y22 + det * _det((y11, y12, y22)))
@@ -180,26 +187,30 @@ def _last(train: _Train, orders: int) -> Symmetric:
 
 def _line(train: _Train, k: int, echo: Symmetric) -> Symmetric:
     """Return the inverse of X_k from (X_{k+1} + Y_{k+1})^-1."""
-    slow, fast = train.decay
-    turn = complex(
-        math.cos((2 * k + 1) * train.increment), math.sin((2 * k + 1) * train.increment)
-    )
+    phase = (2 * k + 1) * train.increment
+    turn = complex(math.cos(phase), math.sin(phase))
+    slow, both, fast = train.decay
     return (
-        1 - turn * (slow * slow) * (1 - echo[0]),
-        turn * (slow * fast) * echo[1],
-        1 - turn * (fast * fast) * (1 - echo[2]),
+        1 - (turn * slow) * (1 - echo[0]),
+        (turn * both) * echo[1],
+        1 - (turn * fast) * (1 - echo[2]),
     )
 
 
-def _pulse(train: _Train, k: int) -> Symmetric:
-    """Return Y_k."""
+def _pulse(train: _Train, k: int) -> tuple[Tensor, Tensor]:
+    """Return Y_k of both longitudinal modes."""
     sine, half = math.sin(k * train.increment), math.sin(0.5 * k * train.increment)
+    square = train.tangent * train.tangent
     values = []
-    for rate in train.stored:
-        e, recovered = torch.exp(-rate), -torch.expm1(-rate)
-        scale = train.tangent**2 / (recovered**2 + 4 * half**2 * e)
-        values.append(torch.complex(scale * recovered * (1 + e), scale * (2 * sine) * e))
-    middle, apart = 0.5 * (values[0] + values[1]), 0.5 * (values[0] - values[1])
+    for e, recovered in train.stored:
+        scale = square / (recovered * recovered + (4 * half**2) * e)
+        values.append(torch.complex(scale * (recovered * (1 + e)), scale * ((2 * sine) * e)))
+    return values[0], values[1]
+
+
+def _turned(train: _Train, slow: Tensor, fast: Tensor) -> Symmetric:
+    """Turn a matrix that is diagonal in the longitudinal modes to the transverse ones."""
+    middle, apart = 0.5 * (slow + fast), 0.5 * (slow - fast)
     lean = apart * train.cosine
     return middle + lean, apart * train.sine, middle - lean
 

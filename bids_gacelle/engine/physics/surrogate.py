@@ -2,8 +2,9 @@
 
 `epgx.spoiled_steady_state` is exact; what is here is a fit to it. One network for each increment
 of the RF phase it knows gives the logarithms of both pools' complex magnetisation over the ideally
-spoiled one. Since the slow modes of exchange carry most of the echoes, the network starts from the
-exact solution, cut off after a few orders, of one pool that relaxes as they do.
+spoiled one. It starts from the exact solution, cut off after a few orders, of one pool
+whose ideally spoiled signal is that of the free one and which loses transverse magnetisation at
+the slower rate of both: the network is left with what exchange and higher orders change.
 
 The weights lie beside this file, with a card that tells how they came about and how large the
 errors are; `train_epgx` makes both.
@@ -22,13 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.physics.two_pools import bloch_mcconnell, exchange_modes
+from bids_gacelle.engine.physics.two_pools import exchange_modes, pool_signals
 
 WEIGHTS = Path(__file__).with_name("surrogate.npz")
 CARD = Path(__file__).with_name("surrogate.json")
 R2_MYELIN = 1 / 0.015
 # Orders of the single pool that the network starts from.
 _ORDERS = 4
+# Least fraction and recovery: below these rounding errors of single precision take over.
+_NO_SHARE, _NO_RECOVERY = 1e-6, 1e-4
 
 Layers = tuple[tuple[Tensor, Tensor], ...]
 
@@ -76,33 +79,43 @@ def surrogate_start(
     fraction, r1_free, r2_free, r1_myelin, exchange, tr, angle = torch.broadcast_tensors(
         fraction, r1_free, r2_free, r1_myelin, exchange, tr, angle
     )
-    ideal = bloch_mcconnell(fraction, r1_free, r1_myelin, exchange, tr, angle)
-    along = exchange_modes(fraction, r1_free, r1_myelin, exchange)
-    across = exchange_modes(fraction, r2_free, torch.full_like(r2_free, R2_MYELIN), exchange)
-    decay = torch.exp(-2 * tr * across.slow)
-    recovered = -torch.expm1(-tr * along.slow)
+    signals = pool_signals(fraction, r1_free, r1_myelin, exchange, tr, angle)
+    slow, _, cosine, _ = exchange_modes(
+        fraction, r2_free, torch.full_like(r2_free, R2_MYELIN), exchange
+    )
+    decay = torch.exp(-2 * tr * slow)
+    recovered, recovered_myelin = (_recovery(signal, angle) for signal in signals)
     tangent2 = torch.tan(0.5 * angle) ** 2
     log_size, phase, echo = _one_pool(decay, recovered, tangent2, math.radians(increment))
-    steady = tangent2 / (tangent2 + recovered)
     features = (
         log_size,
         phase,
         *echo,
         decay,
-        steady,
+        tangent2 / (tangent2 + recovered),
         torch.log(recovered),
-        torch.log(tr * across.slow),
+        torch.log(recovered_myelin),
+        torch.log(tr * slow),
         angle,
         fraction,
-        along.cosine,
-        across.cosine,
-        torch.exp(-tr * along.spread),
-        tr * exchange,
+        cosine,
+        torch.exp(-tr * r1_free),
         torch.exp(-tr * r1_myelin),
+        tr * exchange,
+        torch.exp(-tr * exchange / fraction.clamp_min(_NO_SHARE)),
         torch.log(tr),
     )
     nothing = torch.zeros_like(phase)
-    return Start(torch.stack(features), torch.stack((log_size, phase, nothing, nothing)), ideal)
+    base = torch.stack((log_size, phase, nothing, nothing))
+    ideal = (1 - fraction) * signals[0], fraction * signals[1]
+    return Start(torch.stack(features), base, ideal)
+
+
+def _recovery(signal: Tensor, angle: Tensor) -> Tensor:
+    """Return 1 - E1 of the pool that has an ideally spoiled signal alone."""
+    versine = 2 * torch.sin(0.5 * angle) ** 2
+    recovery = signal * versine / (torch.sin(angle) - signal * torch.cos(angle))
+    return recovery.clamp(_NO_RECOVERY, 1 - _NO_RECOVERY)
 
 
 def _one_pool(
@@ -166,14 +179,14 @@ class Surrogate:
         self.increment = float(increment)
         with np.load(WEIGHTS) as file:
             names = sorted(n for n in file.files if n.startswith(f"{increment:g}/weight"))
-            self._arrays = [(file[n], file[n.replace("weight", "bias")]) for n in names]
+            self._layers = tuple(
+                (torch.from_numpy(file[n]), torch.from_numpy(file[n.replace("weight", "bias")]))
+                for n in names
+            )
 
     def layers(self, like: Tensor) -> Layers:
         """Return weights (out, in) and biases of all layers on the device of a tensor."""
-        return tuple(
-            (torch.as_tensor(weight).to(like), torch.as_tensor(bias).to(like))
-            for weight, bias in self._arrays
-        )
+        return tuple((weight.to(like), bias.to(like)) for weight, bias in self._layers)
 
     def __call__(
         self,

@@ -291,7 +291,10 @@ def train(cases: Cases, out: Path, options: argparse.Namespace) -> list[Tensor]:
         soap.step(rate * min(1, (steps + 1) / 100))
         steps += 1
         if steps % 500 == 0:
-            print(f"{steps} steps, {spent / 60:.2f} minutes, loss {float(cost):.4f}", flush=True)
+            print(
+                f"{steps} steps, {spent / 60:.2f} minutes, loss {float(cost.detach()):.4f}",
+                flush=True,
+            )
         if spent - saved > options.checkpoint_s:
             saved = spent
             _save(checkpoint, parameters, soap, spent, steps)

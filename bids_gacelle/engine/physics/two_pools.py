@@ -95,6 +95,19 @@ def bloch_mcconnell(
     McConnell, J. Chem. Phys. 28, 430 (1958); Spencer and Fishbein, J. Magn. Reson. 142, 120
     (2000).
     """
+    free, myelin = pool_signals(fraction, r1_free, r1_myelin, exchange, tr, angle)
+    return (1 - fraction) * free, fraction * myelin
+
+
+def pool_signals(
+    fraction: Tensor,
+    r1_free: Tensor,
+    r1_myelin: Tensor,
+    exchange: Tensor,
+    tr: Tensor,
+    angle: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return `bloch_mcconnell` with each pool over its own equilibrium, so that f may be 0."""
     modes = exchange_modes(fraction, r1_free, r1_myelin, exchange)
     versine = 2 * torch.sin(0.5 * angle) ** 2  # 1 - cos a without cancellation
     e, recovered = torch.exp(-tr * modes.slow), -torch.expm1(-tr * modes.slow)
@@ -104,5 +117,5 @@ def bloch_mcconnell(
     fast = recovered + lost + (e - lost) * versine
     both = torch.sin(angle) * recovered / slow
     change = torch.sin(angle) * versine * lost / (modes.spread * slow * fast)
-    free = (1 - fraction) * (both + change * (r1_free - modes.slow))
-    return free, fraction * (both + change * (r1_myelin - modes.slow))
+    free, myelin = (both + change * (r1 - modes.slow) for r1 in (r1_free, r1_myelin))
+    return free, myelin
