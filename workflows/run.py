@@ -300,6 +300,8 @@ def _warnings(plan: Plan) -> dict[str, list[str]]:
     for series in {series_key(job.series): job.series for job in eligible(plan)}.values():
         images = [*series.images, *(run.image for run in series.dwi_runs), *series.mask.images]
         images += [series.b1_map.image] if series.b1_map else []
+        images += [*(series.second.images if series.second else ())]
+        images += [given.image for given in series.voxel_maps.values()]
         others = {
             image
             for job in plan.jobs
@@ -319,6 +321,7 @@ def _warnings(plan: Plan) -> dict[str, list[str]]:
 def _memory_gb(series: Series) -> float:
     """Estimated memory of reading and fitting a series: its volumes, three times, and torch."""
     images = series.images or tuple(run.image for run in series.dwi_runs)
+    images += series.second.images if series.second else ()
     shapes = [cast(SpatialImage, nib.load(image)).shape for image in dict.fromkeys(images)]
     voxels = sum(math.prod(shape) for shape in shapes)
     return 3 * 4 * voxels / 1e9 + 0.5

@@ -24,12 +24,7 @@ from bids_gacelle.bids.metadata import (
     per_volume,
     scalar,
 )
-from bids_gacelle.bids.options import (
-    DEFAULT_SPOILING_INCREMENT,
-    Context,
-    ModelNeeds,
-    Options,
-)
+from bids_gacelle.bids.options import Context, ModelNeeds, Options, names_of
 from bids_gacelle.bids.queries import matches
 from bids_gacelle.bids.request import open_request
 from bids_gacelle.bids.series import Finding, Job, Kind, Plan, Series, Severity
@@ -168,7 +163,7 @@ def _problem(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
     lacking = _lacking(candidate, need)
     few = _too_few(candidate, need)
     if not few and not (lacking and lacking.field == "EchoTime"):
-        few = _too_few_echo_times(candidate, need)
+        few = _too_few_echo_times(candidate, need) or _too_few_images(candidate, need)
     if few and lacking:  # said together: adding the values alone would not help
         return MetadataError(f"{few} Also, {lacking}", lacking.file, lacking.field)
     return few or lacking
@@ -178,9 +173,28 @@ def _lacking(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
     """A value that the model needs and that is not known."""
     if need.needs_diffusion_times and candidate.timing_problem:
         return candidate.timing_problem
-    columns = [*need.columns, *(["echo_time"] if need.minimum_echo_times > 1 else [])]
-    columns += [i for i in candidate.lacking if need.takes(i)]
-    return next((candidate.lacking[c] for c in columns if c in candidate.lacking), None)
+    columns = list(need.columns)
+    columns += ["echo_time"] * need.knows_echoes
+    columns += ["spoiling_increment"] * (need.default_spoiling is not None)
+    columns += [name for name in candidate.lacking if need.takes(name)]
+    known = next((candidate.lacking[c] for c in columns if c in candidate.lacking), None)
+    return known or _without_map(candidate, need)
+
+
+def _without_map(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
+    """A map that the model cannot do without."""
+    maps = candidate.series.voxel_maps
+    missing = [i for i in need.needed_inputs if not any(n in maps for n in names_of(i))]
+    if not missing:
+        return None
+    first = dict.fromkeys(names_of(i)[1] for i in missing)
+    given = " ".join(f"{name}=PATH" for name in first)
+    return MetadataError(
+        f"{need.name} needs maps of {', '.join(missing)} with the options it has, but there are "
+        f"none: pass --voxel-map {given}, or give a derivative dataset (-d) with "
+        f"{', '.join(f'*_param-{name}_dwimap.nii.gz' for name in first)}.",
+        candidate.files[0].path,
+    )
 
 
 def _warnings(candidate: Candidate, need: ModelNeeds) -> list[str]:
@@ -190,11 +204,11 @@ def _warnings(candidate: Candidate, need: ModelNeeds) -> list[str]:
             f"{need.name} is fitted with nominal b-values: it has no voxel input bscale for the "
             "map of gradient deviations"
         )
-    if "spoiling_increment" in need.columns and not candidate.series.spoiling_increment:
+    if need.default_spoiling is not None and not candidate.series.spoiling_increment:
         result.append(
             f"no `SpoilingRFPhaseIncrement` in a sidecar of `{candidate.files[0].label}`: "
-            f"{need.name} takes {DEFAULT_SPOILING_INCREMENT:g} degrees. Add that of the sequence, "
-            "or pass --spoiling-increment"
+            f"{need.name} takes {need.default_spoiling:g} degrees. Add that of the sequence, or "
+            "pass --spoiling-increment"
         )
     if candidate.series.kind == "dwi" and not candidate.series.preprocessed:
         result.append(
@@ -205,20 +219,23 @@ def _warnings(candidate: Candidate, need: ModelNeeds) -> list[str]:
 
 def _notes(candidate: Candidate, need: ModelNeeds) -> list[str]:
     result = list(candidate.notes)
-    knows_echoes = "echo_time" in need.columns or need.minimum_echo_times > 1
-    if need.kind == "vfa" and not knows_echoes and _most_echoes(candidate) > 1:
+    if need.kind == "vfa" and not need.knows_echoes and _most_echoes(candidate) > 1:
         result.append(f"{need.name} uses the first echo of each flip angle")
     for name, given in candidate.series.voxel_maps.items():
-        if need.takes(name) or (name == "fo" and need.takes("theta")):
+        if need.takes(name):
             result.append(f"{need.name} uses `{given.image}` as its map {name}")
     return result
 
 
 def _too_few(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
-    found = candidate.measurements
-    if len(found) >= need.minimum_measurements:
-        return None
+    found, wanted = candidate.measurements, need.minimum_measurements
     counted, advice = _COUNTED[need.kind], ""
+    if need.kind == "vfa":
+        # several echoes of a flip angle are measurements of their own if the model knows them
+        wanted = 1 if need.knows_echoes else wanted
+        wanted = max(wanted, need.minimum_flip_angles)
+    if len(found) >= wanted:
+        return None
     if need.kind == "dwi":
         counted += " (b-values or diffusion times)"
         advice = _joining(candidate, "More runs of a session")
@@ -228,8 +245,21 @@ def _too_few(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
     first = candidate.files[0]
     there = f"`{first.label}`" + (" and its like have" if len(candidate.files) > 1 else " has")
     return MetadataError(
-        f"{need.name} needs at least {need.minimum_measurements} different {counted}, but {there} "
+        f"{need.name} needs at least {wanted} different {counted}, but {there} "
         f"{len(found)} ({'; '.join(found)}).{advice}",
+        first.path,
+    )
+
+
+def _too_few_images(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
+    images = candidate.series.images
+    if need.kind != "vfa" or not need.knows_echoes or len(images) >= need.minimum_measurements:
+        return None
+    first = candidate.files[0]
+    return MetadataError(
+        f"{need.name} needs at least {need.minimum_measurements} images of different flip angle "
+        f"or echo time, but `{first.label}` and its like are {len(images)}. --fit-undetermined "
+        "fits it nonetheless.",
         first.path,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -116,7 +116,7 @@ def _checked_mask(mask: Mask, reference: SpatialImage, report: _Report) -> Mask:
 
 
 def _with_usable_maps(series: Series, reference: SpatialImage, report: _Report) -> Series:
-    """Leave out maps of voxels off the grid; those of options must be on it.
+    """Leave out noise maps and gradient deviations off the grid; those of options must be on it.
 
     They are not resampled: with nothing but affines to go by, a map of another space would be
     taken for one of this one.
@@ -157,16 +157,28 @@ def _with_usable_maps(series: Series, reference: SpatialImage, report: _Report) 
         "--gradient-deviation",
         "Nominal b-values are used everywhere.",
     )
-    maps = {
-        name: usable(given, lambda image: None, f"--voxel-map {name}", f"No map {name} is used.")
-        for name, given in series.voxel_maps.items()
-    }
     return replace(
         series,
         dwi_runs=runs,
         gradient_deviation=deviation,
-        voxel_maps={name: found for name, found in maps.items() if found is not None},
+        voxel_maps=dict(_readable_maps(series.voxel_maps, report)),
     )
+
+
+def _readable_maps(
+    maps: Mapping[str, VoxelMap], report: _Report
+) -> Iterator[tuple[str, VoxelMap]]:
+    """Leave out maps from derivatives that are no images; they need not be on the grid."""
+    for name, given in maps.items():
+        try:
+            _open(Path(given.image))
+        except MetadataError as problem:
+            if given.origin == "option":
+                text = f"{problem} It was asked for with --voxel-map {name}."
+                raise MetadataError(text, problem.file) from None
+            report("warning", MetadataError(f"{problem} No map {name} is used.", problem.file))
+        else:
+            yield name, given
 
 
 def _require_nine(image: SpatialImage) -> None:

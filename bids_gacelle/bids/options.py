@@ -11,34 +11,61 @@ from bids_gacelle.bids.files import Dataset, session_labels
 from bids_gacelle.bids.layouts import Visit
 from bids_gacelle.bids.series import Kind
 
-DEFAULT_SPOILING_INCREMENT = 50.0
-"""Increment of the RF phase (degrees) that stands where neither sidecars nor an option say one."""
-
 
 @dataclass(frozen=True)
 class ModelNeeds:
     """What a model must have to be fitted.
 
-    ``minimum_measurements`` counts echoes (megre), flip angles (vfa) or shells (dwi),
-    ``minimum_echo_times`` the different echo times of dwi, or those of one flip angle (vfa).
-    ``takes_gradient_deviation`` is False for a dwi model that has only nominal b-values.
-    ``columns`` are the columns of the acquisition that the signal depends on (``echo_time``,
-    ``field_strength``, ``spoiling_increment``, ...); ``voxel_inputs`` are the maps it can use,
-    those of several fibres numbered (``theta1``).
+    Attributes
+    ----------
+    minimum_measurements
+        Different echoes (megre), flip angles (vfa; images, for a model of echo times) or shells
+        (dwi).
+    minimum_flip_angles
+        Different flip angles of vfa.
+    minimum_echo_times
+        Different echo times of dwi, or of one flip angle of vfa.
+    takes_gradient_deviation
+        False for a dwi model that has only nominal b-values.
+    columns
+        Columns of the acquisition that it must have (``echo_time``, ``field_strength``, ...).
+    voxel_inputs, needed_inputs
+        Maps that it can use, and those it cannot do without. Those of several fibres are numbered
+        (``theta1``).
+    default_spoiling
+        Increment of the RF phase (degrees) that it takes where nothing says one; None: its signal
+        does not depend on it.
     """
 
     name: str
     kind: Kind
     needs_diffusion_times: bool = False
     minimum_measurements: int = 2
+    minimum_flip_angles: int = 1
     minimum_echo_times: int = 1
     takes_gradient_deviation: bool = True
     columns: tuple[str, ...] = ()
     voxel_inputs: tuple[str, ...] = ()
+    needed_inputs: tuple[str, ...] = ()
+    default_spoiling: float | None = None
+
+    @property
+    def knows_echoes(self) -> bool:
+        """Whether the signal depends on the echo time."""
+        return "echo_time" in self.columns or self.minimum_echo_times > 1
 
     def takes(self, name: str) -> bool:
-        """Whether the model can use a map given by this name, ``theta`` for all of ``theta1``."""
-        return any(name in (i, i.rstrip("0123456789")) for i in self.voxel_inputs)
+        """Whether the model can use a map given by this name (see `names_of`)."""
+        return any(name in names_of(i) for i in (*self.voxel_inputs, *self.needed_inputs))
+
+
+def names_of(voxel_input: str) -> tuple[str, ...]:
+    """Names under which the map of an input can be given.
+
+    ``theta`` is that of all fibres, ``fo`` has their directions, which give the angles.
+    """
+    base = voxel_input.rstrip("0123456789")
+    return (voxel_input, base, "fo") if base == "theta" else (voxel_input, base)
 
 
 @dataclass(frozen=True)

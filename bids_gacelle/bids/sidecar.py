@@ -71,6 +71,8 @@ class FitRecord:
     """DOI of the model's paper, as ``doi:10...`` or bare."""
     options: Mapping[str, Any] = field(default_factory=dict)
     shells: Mapping[str, Sequence[float] | None] | None = None
+    echoes: Mapping[str, Any] | None = None
+    """Further fields on gradient-echo signals: parts, phase, weights, spoiling, B1 map."""
     model_file: str = ""
     """Name and digest of the user's file that defines the model, "" for installed ones."""
 
@@ -102,6 +104,7 @@ def map_sidecar(
         "EstimationReference": _doi(record.reference),
         "Model": _model(record),
         **_acquisition(record),
+        **(record.echoes or {}),
         **_preprocessing(record.series),
         "FitDevice": settings.get("device"),
         "FitPrecision": settings.get("precision"),

@@ -15,6 +15,7 @@ from bids_gacelle.engine.scheme import Scheme
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.models import model_class
 from bids_gacelle.interfaces.prepare import acquired, measurements_of, options_of
+from bids_gacelle.interfaces.units import MapUnit, map_units
 from bids_gacelle.settings import Settings
 
 MOST_VOXELS = 50_000
@@ -79,10 +80,10 @@ class _Judge:
         if not self._acquired:
             return None
         try:
+            own = options_of(job.model, self.settings, self._acquired)
             _, scheme, _ = measurements_of(job.model, self.settings, self._acquired)
         except (EngineError, InputError) as error:
             return Doubt(str(error).rstrip("."), can_be_fitted=False)
-        own = options_of(job.model, self.settings, self._acquired)
         key = (job.model, repr(scheme), repr(own))
         if key not in self._known:
             self._known[key] = self._ask(job.model, scheme, own)
@@ -108,9 +109,10 @@ def protocol_adequacy(
         well), expected (a row for each tissue and quantity; None where there is no number).
     """
     measured, _, rows = measurements_of(model.name, settings, prepared)
-    noise = _noise(model, measured, rows)
+    noise = _noise(model, prepared, measured, rows)
     assumed = noise is None
     sigma = adequacy.assumed_sigma(model) if noise is None else noise
+    units = map_units(model)
     shared = not assumed and "scale_sigma" in measured
     scale = _median(measured["scale_sigma"]) if shared else None
     groups = np.asarray(measured["scale_group"])[rows] if shared else None
@@ -121,6 +123,7 @@ def protocol_adequacy(
         scale_group=None if groups is None else groups[: model.n_measurements],
         prior=settings.prior,
     )
+    found = [_in_map_unit(row, units) for row in found]
     snr = adequacy.image_snr(model, sigma)
     return {
         "snr": float(f"{snr:.3g}"),
@@ -132,16 +135,33 @@ def protocol_adequacy(
     }
 
 
-def _noise(model: SignalModel, measured: dict[str, Any], rows: Any) -> np.ndarray | None:
+def _in_map_unit(row: adequacy.Expectation, units: dict[str, MapUnit]) -> adequacy.Expectation:
+    """What is expected of a quantity, in the unit of its map."""
+    unit, factor = units[row.parameter]
+    if factor == 1:
+        return row
+    value, sd, posterior = (factor * v for v in (row.value, row.sd, row.posterior_sd))
+    return replace(row, unit=unit, value=value, sd=sd, posterior_sd=posterior)
+
+
+def _noise(
+    model: SignalModel, prepared: dict[str, Any], measured: dict[str, Any], rows: Any
+) -> np.ndarray | None:
     """Median noise of each measurement over the voxels; None where it is not known.
 
-    It is infinite for measurements that are left out.
+    It is infinite for measurements that are left out, and relative to the largest signal of
+    gradient echoes, which are in a unit of their own.
     """
+    if model.kind != "dwi":
+        if "noise_level" not in prepared:
+            return None
+        largest = float(_median(measured["signals"])[rows].max())
+        if not largest > 0:
+            return None
+        return np.full(model.n_measurements, prepared["noise_level"] / largest)
     if not measured["sigma"]:
         return None
     sigma = _median(measured["sigma"])[rows][: model.n_measurements]
-    if model.kind != "dwi":  # images in a unit of their own
-        sigma = sigma / _median(measured["signals"]).max()
     return sigma if (sigma > 0).all() else None
 
 

@@ -107,6 +107,7 @@ class FitModel(Step):
             "fitted": {
                 "file": str(cwd / "fit.npz"),
                 "settings": result.settings,
+                "phase_unit": prepared.get("phase_unit", ""),
                 "plot": plot_axes(model),
                 "examples": example_voxels(model, data, inputs, result, mask),
             }

@@ -16,6 +16,8 @@ from bids_gacelle.interfaces.base import LOGGER
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.masks import air
 
+_ENOUGH_IMAGES = 4  # of which the background tells the noise
+
 
 def uses_phases(series: Series, settings: Settings) -> bool:
     """Whether complex images can be fitted."""
@@ -59,8 +61,8 @@ def prepare_gradient_echo(
 
     ``complex`` is the same for models of complex images, with the field (excitations, voxels) in
     Hz and the initial phase (voxels,) in rad that were taken out; ``complex_error`` says why there
-    is none. ``noise`` is the standard deviation of one channel where it could be told and the
-    likelihood needs it.
+    is none. ``noise_level`` is the standard deviation of one channel where something tells it;
+    only the Rician likelihood takes it for ``sigma``, as all others do better with residuals.
     """
     volumes = np.load(collected["volumes"], mmap_mode="r")
     magnitudes = volumes[:, mask]
@@ -84,6 +86,7 @@ def prepare_gradient_echo(
         except EngineError as error:
             raise InputError(f"sub-{series.subject} {series.label}: {error}") from error
         prepared["warnings"] = found.warnings
+        prepared["phase_unit"] = collected["phase_unit"]
         prepared["complex"] = {
             "signals": save(cwd / "complex_signals.npy", found.signals),
             "field": save(cwd / "field.npy", found.field),
@@ -91,17 +94,12 @@ def prepare_gradient_echo(
             "scheme": about,
             "sigma": "",
         }
-    if settings.noise == "rician":
-        level, source = _noise_level(volumes, mask, found, scheme)
-        if level is not None:
-            LOGGER.info(
-                "sub-%s %s: the noise of one channel is %.4g, from %s",
-                series.subject,
-                series.label,
-                level,
-                source,
-            )
-            prepared["noise_source"] = source
+    level, source = _noise_level(volumes, mask, found, scheme)
+    if level is not None:
+        prepared |= {"noise_level": level, "noise_source": source}
+        place = f"sub-{series.subject} {series.label}"
+        LOGGER.info("%s: the noise of one channel is %.4g, from %s", place, level, source)
+        if settings.noise == "rician":
             sigma = np.broadcast_to(np.float32(level), magnitudes.shape)
             prepared["sigma"] = save(cwd / "sigma.npy", sigma)
     return prepared
@@ -120,4 +118,5 @@ def _noise_level(
     if found is not None and (level := scatter_sigma(found, scheme)) is not None:
         return level, "the imaginary parts of the demodulated echoes"
     outside = air(np.asarray(volumes[0]), mask)
-    return background_sigma(volumes[:, outside]), "the background of the magnitudes"
+    some = volumes[:: -(-len(volumes) // _ENOUGH_IMAGES)]
+    return background_sigma(some[:, outside]), "the background of the magnitudes"

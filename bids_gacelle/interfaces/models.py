@@ -67,7 +67,8 @@ def model_class(name: str, settings: Settings) -> type[SignalModel]:
     model = get_model(name)
     if not settings.fit_undetermined:
         return model
-    return type(model.__name__, (model,), {"minimum_measurements": 1})
+    relaxed = {"minimum_measurements": 1, "minimum_flip_angles": 1}
+    return type(model.__name__, (model,), relaxed)
 
 
 def select_models(names: Iterable[str], solver: str = "lm") -> tuple[str, ...]:
@@ -166,15 +167,19 @@ def check_options(
 def needs_of(name: str, settings: Settings) -> ModelNeeds:
     """What discovery must find for a model."""
     model = model_class(name, settings)
+    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
     return ModelNeeds(
         name=name,
         kind=model.kind,
         needs_diffusion_times=model.needs_diffusion_times,
         minimum_measurements=model.minimum_measurements,
+        minimum_flip_angles=model.minimum_flip_angles,
         minimum_echo_times=model.minimum_echo_times,
         takes_gradient_deviation="bscale" in model.voxel_inputs,
         columns=model.required,
         voxel_inputs=model.voxel_inputs,
+        needed_inputs=model.needed_inputs(own),
+        default_spoiling=(model.options | own).get("spoiling_increment"),
     )
 
 

@@ -16,13 +16,17 @@ NEEDS = (
     ModelNeeds("r2star", "megre", columns=("echo_time",)),
     ModelNeeds("gremwi", "megre", columns=("echo_time", "field_strength")),
     ModelNeeds("despot1", "vfa", columns=("flip_angle", "repetition_time"), voxel_inputs=("b1",)),
-    ModelNeeds("r1r2star", "vfa", minimum_echo_times=2, voxel_inputs=("b1",)),
+    ModelNeeds(
+        "r1r2star", "vfa", minimum_measurements=3, minimum_echo_times=2, voxel_inputs=("b1",)
+    ),
     ModelNeeds(
         "mcrmwi",
         "vfa",
-        minimum_measurements=3,
+        minimum_measurements=8,
+        minimum_flip_angles=3,
         minimum_echo_times=3,
-        columns=("echo_time", "field_strength", "spoiling_increment"),
+        columns=("echo_time", "field_strength"),
+        default_spoiling=50.0,
         voxel_inputs=("b1", "theta1", "ff1", "theta2", "ff2"),
     ),
 )
@@ -245,6 +249,21 @@ def test_counts_of_flip_angles_and_echo_times(tree, found, pick) -> None:
     _vfa(tree)
     plan = found()
     assert pick(plan, "mcrmwi").eligible
+
+
+def test_count_of_images(tree, found, pick) -> None:
+    tree.vfa(flips=(3, 20))
+    needs = [ModelNeeds("mine", "vfa", minimum_measurements=3, columns=("echo_time",))]
+    for flip in (1, 2):
+        tree.json(
+            f"{ANAT}_flip-{flip}_VFA.json",
+            EchoTime=0.002,
+            FlipAngle=10 * flip,
+            RepetitionTimeExcitation=0.02,
+        )
+    reason = pick(discover(tree.root, needs, Options()), "mine").reason
+    assert "mine needs at least 3 images of different flip angle or echo time, but" in reason
+    assert "and its like are 2. --fit-undetermined" in reason
 
 
 def test_single_echoes_need_no_echo_time_for_t1(tree, found, pick) -> None:
@@ -674,6 +693,21 @@ def test_voxel_maps_that_cannot_be(tree, found) -> None:
     tree.megre("sub-02/anat/sub-02")
     with pytest.raises(InputError, match=r"image of one participant, but 2 .* write \{subject\}"):
         found(voxel_maps={"theta": "/x.nii"})
+
+
+def test_maps_that_a_model_cannot_do_without(tree, other_tree, pick) -> None:
+    tree.megre(ANAT)
+    needs = [ModelNeeds("mine", "megre", needed_inputs=("theta1", "theta2", "iwf"))]
+    job = pick(discover(tree.root, needs, Options()), "mine")
+    assert job.cause == "unsuited"
+    assert "mine needs maps of theta1, theta2, iwf with the options it has" in job.reason
+    assert "--voxel-map theta=PATH iwf=PATH, or give a derivative dataset" in job.reason
+    paths = {n: str(other_tree.image(f"{n}.nii.gz")) for n in ("fo", "iwf", "theta1")}
+    for names, missing in ((("theta1", "iwf"), "of theta2 with"), (("fo", "iwf"), "")):
+        given = Options(voxel_maps={n: paths[n] for n in names})
+        job = pick(discover(tree.root, needs, given), "mine")
+        assert missing in job.reason
+        assert job.eligible == (not missing)
 
 
 def test_fibre_maps_of_derivatives(tree, other_tree, found, pick, messages) -> None:

@@ -117,9 +117,12 @@ class SignalModel(ABC):
         True when data of either sign are meant; otherwise a first measurement that is not positive
         makes a voxel unusable.
     minimum_measurements
-        Smallest number of echoes, flip angles or shells.
+        Smallest number of echoes, flip angles or shells; of images, where flip angles have several
+        echoes and the model describes them.
+    minimum_flip_angles
+        Smallest number of different flip angles.
     minimum_echo_times
-        Smallest number of different echo times that a dwi series must have.
+        Smallest number of different echo times that a dwi series must have, or one flip angle.
     voxel_inputs, input_defaults
         Names of maps the signal depends on (such as b1), and the value when none is given. Those
         that an instance has may depend on its options.
@@ -161,6 +164,7 @@ class SignalModel(ABC):
     signed: bool = False
     needs_diffusion_times: ClassVar[bool] = False
     minimum_measurements: ClassVar[int] = 1
+    minimum_flip_angles: ClassVar[int] = 1
     minimum_echo_times: ClassVar[int] = 1
     voxel_inputs: tuple[str, ...] = ()
     input_defaults: dict[str, float] = {}  # noqa: RUF012
@@ -227,6 +231,11 @@ class SignalModel(ABC):
             if not _is_a(value, wanted) or (allowed is not None and value not in allowed):
                 one_of = " or ".join(map(repr, allowed or ())) or f"of type {wanted.__name__}"
                 raise EngineError(f"The option {name} of {cls.name} is {one_of}, got {value!r}.")
+
+    @classmethod
+    def needed_inputs(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the voxel inputs that a model with these options cannot do without."""
+        return ()
 
     @classmethod
     def wants_echo_decay(cls, options: Mapping[str, Any]) -> bool:

@@ -36,6 +36,7 @@ class GreMwi(ThreePools):
     kind = "megre"
     minimum_measurements = 6
     required = ("echo_time", "field_strength")
+    plausibility = ("first-echo", "r2star")
     options = ThreePools.SHARED_OPTIONS
     starts = 2
     compile_from = 100_000
