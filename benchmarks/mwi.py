@@ -26,7 +26,7 @@ import scipy.optimize
 import torch
 from protocols import RESULTS, machine
 
-from bids_gacelle.engine import GradientEchoScheme, fit, get_model
+from bids_gacelle.engine import fit, get_model
 from bids_gacelle.engine.models.threepools import MYELIN_WATER_DENSITY
 from bids_gacelle.engine.prepare import demodulate
 from bids_gacelle.phantom.anatomy import BRAINSTEM, CEREBELLUM, NUCLEI, Anatomy, Label
@@ -124,16 +124,6 @@ class Scan:
         first = np.abs(self.images[:, 0, self.white]).mean(1)
         self.sigma = float(first.max()) / SNR
 
-    def scheme(self, flips):
-        n = len(self.protocol.echo_times)
-        return GradientEchoScheme(
-            echo_time=np.tile(self.protocol.echo_times, len(flips)),
-            flip_angle=np.repeat([self.protocol.flip_angles[flip] for flip in flips], n),
-            repetition_time=self.protocol.repetition_time,
-            field_strength=self.protocol.field_strength,
-            spoiling_increment=self.protocol.spoiling_increment,
-        )
-
     def measure(self, flips, seed):
         """Return the images of some flip angles with noise, complex64 (images, voxels)."""
         images = self.images[list(flips)]
@@ -144,7 +134,7 @@ class Scan:
 
 def run_case(case, scan, device, scipy_voxels):
     """Fit both draws of one case, and describe what came out."""
-    scheme = scan.scheme(case.flips)
+    scheme = case.protocol.scheme([case.protocol.flip_angles[flip] for flip in case.flips])
     model = get_model(case.name)(scheme, **case.options)
     complex_data = model.n_measurements == 2 * len(scheme)
     inputs = {"b1": scan.b1.astype(np.float32)} if "b1" in model.voxel_inputs else None

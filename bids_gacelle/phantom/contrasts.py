@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from bids_gacelle.bids.series import Kind
-from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme, Parameter, get_model
+from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme, get_model
 from bids_gacelle.phantom.directions import directional_signal, spread_directions
 from bids_gacelle.phantom.fields import stream
 from bids_gacelle.phantom.head import Head
 from bids_gacelle.phantom.myelin import MWI, Progress, echo, silent, steady_states, water_pools
+from bids_gacelle.phantom.truth import Maps, fibre_inputs, field_truth, myelin_truth, true_map
 
 GRE_SCALE, DWI_SCALE = 10_000.0, 1_000.0
 """Signal of pure water in the units of the images: a proton density, and a b=0 signal of white
@@ -95,6 +96,8 @@ class Contrast:
         Mean of white matter in the brightest image; the noise is relative to it.
     entities
         Entities of its images that maps keep.
+    inputs
+        Maps that models can take as voxel inputs, as `truth`.
     parcels
         Whether the parcels of white matter are part of its truth.
     """
@@ -102,9 +105,10 @@ class Contrast:
     model: str
     kind: Kind
     images: Iterable[Image] = field(repr=False)
-    truth: tuple[tuple[Parameter, np.ndarray], ...]
+    truth: Maps
     brightness: float
     entities: Mapping[str, str] = field(default_factory=dict)
+    inputs: Maps = ()
     parcels: bool = False
 
 
@@ -129,6 +133,8 @@ def megre(head: Head, *, phase: bool = False) -> Contrast:
             yield Image("anat", {"echo": str(number)}, "MEGRE", head.volume(image), sidecar)
 
     truth = _truth("r2star", GradientEchoScheme(echo_time=ECHO_TIMES_S), values, head)
+    if phase:
+        truth += field_truth(head.field(1), head)
     return Contrast("r2star", "megre", images(), truth, head.white_matter(signal[0]))
 
 
@@ -172,7 +178,8 @@ def mwi(head: Head, progress: Progress = silent) -> Contrast:
     brightest = max(
         head.white_matter(np.abs(signal(flip, first))) for flip in range(len(MWI.flip_angles))
     )
-    return Contrast("mcrmwi", "vfa", images(), (), brightest, entities, parcels=True)
+    truth, inputs = myelin_truth(pools, field, head), fibre_inputs(pools, head)
+    return Contrast("mcrmwi", "vfa", images(), truth, brightest, entities, inputs, parcels=True)
 
 
 def _transmit_map(head: Head) -> Image:
@@ -323,21 +330,18 @@ def _truth(
     values: Mapping[str, np.ndarray],
     head: Head,
     **options: Any,
-) -> tuple[tuple[Parameter, np.ndarray], ...]:
+) -> Maps:
     """Return maps of all parameters and derived quantities of the model."""
     model = get_model(name)(scheme, **options)
     params = {key: torch.from_numpy(value) for key, value in values.items()}
     known = {key: value.numpy() for key, value in (params | model.derive(params)).items()}
-    brain = head.anatomy.brain[head.inside]
+    everywhere = np.ones(head.inside.sum(), dtype=bool)
     # Where there are no neurites, nothing but the diffusivity around them means anything.
-    neurites = values["fn"] > 0 if name == "nexi" else brain
-    maps = []
-    for parameter in (*model.parameters, *model.derived):
-        meaningful = brain if parameter.name in ("fn", "de") else brain & neurites
-        volume = np.full(head.inside.shape, np.nan)
-        volume[head.inside] = np.where(meaningful, known[parameter.name], np.nan)
-        maps.append((parameter, volume))
-    return tuple(maps)
+    neurites = values["fn"] > 0 if name == "nexi" else everywhere
+    return tuple(
+        (p, true_map(known[p.name], everywhere if p.name in ("fn", "de") else neurites, head))
+        for p in (*model.parameters, *model.derived)
+    )
 
 
 def gradient_table(big_delta: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

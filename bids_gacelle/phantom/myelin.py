@@ -15,12 +15,13 @@ complex: both pools have the phase that imperfect spoiling gives them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from bids_gacelle.engine import GradientEchoScheme
 from bids_gacelle.engine.models.threepools import MYELIN_WATER_DENSITY
 from bids_gacelle.engine.physics import hollow_cylinder
 from bids_gacelle.engine.physics.epgx import spoiled_steady_state
@@ -62,6 +63,17 @@ class Protocol:
     def hertz_per_ppm(self) -> float:
         """Frequency in Hz of a field of 1 ppm."""
         return GYROMAGNETIC_RATIO * self.field_strength
+
+    def scheme(self, flips: Sequence[float] = ()) -> GradientEchoScheme:
+        """Return the images of some flip angles, or of all: flip by flip, echo by echo."""
+        flips = flips or self.flip_angles
+        return GradientEchoScheme(
+            echo_time=np.tile(self.echo_times, len(flips)),
+            flip_angle=np.repeat(flips, len(self.echo_times)),
+            repetition_time=self.repetition_time,
+            field_strength=self.field_strength,
+            spoiling_increment=self.spoiling_increment,
+        )
 
 
 MWI = Protocol(

@@ -17,7 +17,7 @@ from bids_gacelle.bids.dataset import BIDS_VERSION, IGNORED
 from bids_gacelle.bids.names import build_name, map_path
 from bids_gacelle.bids.output import write_image, write_json, write_text, write_tsv
 from bids_gacelle.bids.series import Series
-from bids_gacelle.engine import get_model
+from bids_gacelle.engine import Parameter, get_model
 from bids_gacelle.errors import InputError
 from bids_gacelle.phantom.anatomy import Anatomy, load_template, make_anatomy
 from bids_gacelle.phantom.contrasts import (
@@ -289,9 +289,10 @@ def _write_gradients(stem: Path, image: Image) -> None:
 
 
 def _write_truth(place: Place, contrast: Contrast, anatomy: Anatomy) -> list[Path]:
-    """Write the maps that a perfect fit of the contrast's own model would give."""
+    """Write the maps that a perfect fit of the contrast's own model would give, and inputs."""
     model = get_model(contrast.model)
     series = Series(contrast.kind, place.subject, place.session, dict(contrast.entities), ())
+    diffusion = Series("dwi", place.subject, place.session, {}, ())
     written = []
     for parameter, values in contrast.truth:
         name = map_path(
@@ -300,20 +301,27 @@ def _write_truth(place: Place, contrast: Contrast, anatomy: Anatomy) -> list[Pat
             parameter=parameter.name,
             suffix=parameter.suffix,
             bare=model.bare_names,
+            compartment=parameter.compartment,
             datatype=model.datatype,
         )
-        path = place.root / name
-        write_image(path, values, anatomy.affine, keep_nan=True)
-        write_json(
-            path.with_name(path.name.replace(".nii.gz", ".json")),
-            {
-                "Description": f"True value: {parameter.description}; NaN where it has no meaning",
-                "Units": parameter.unit,
-                "SkullStripped": True,
-            },
-        )
-        written.append(path)
+        written.append(_write_map(place.root / name, parameter, values, anatomy))
+    for parameter, values in contrast.inputs:
+        name = map_path(diffusion, model="fibres", parameter=parameter.name, datatype="dwi")
+        written.append(_write_map(place.root / name, parameter, values, anatomy))
     return written
+
+
+def _write_map(path: Path, parameter: Parameter, values: np.ndarray, anatomy: Anatomy) -> Path:
+    write_image(path, values, anatomy.affine, keep_nan=True)
+    write_json(
+        path.with_name(path.name.replace(".nii.gz", ".json")),
+        {
+            "Description": f"True value: {parameter.description}; NaN where it has no meaning",
+            "Units": parameter.unit,
+            "SkullStripped": True,
+        },
+    )
+    return path
 
 
 def _write_tissues(place: Place, anatomy: Anatomy, contrasts: list[Contrast]) -> list[Path]:
@@ -392,6 +400,9 @@ _TRUTH_README = """\
 - `anat/*_desc-tissues_dseg`: the tissue of each voxel.
 - `anat/*_seg-parcels_dseg`: parcels of white matter that differ in myelin water.
 - `*_desc-brain_mask`: all tissue, without skull and scalp.
+- `dwi/*_model-fibres_param-*_dwimap`: what diffusion could tell models of myelin water: the angle
+  `theta` of fibres to the static field, their share `ff` (of one fibre: 1), and `iwf`.
+- `anat/*_param-freqbkg*_anatmap`, `anat/*_param-pini_anatmap`: field offset and initial phase.
 - All other maps: the parameter values that the scans were simulated from, under the names that
   bids_gacelle gives to its estimates. They are NaN outside the brain, and where a parameter has no
   meaning (the neurites of cerebrospinal fluid).
