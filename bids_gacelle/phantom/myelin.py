@@ -101,6 +101,8 @@ def water_pools(head: Head) -> dict[str, np.ndarray]:
     white = head.anatomy.labels[head.inside] == Label.WHITE_MATTER
     variation = pools["MWF"][white] / np.mean(pools["MWF"][white])
     pools["MWF"][white] = np.clip(mean[parcels[white]] * variation, *MWF_RANGE)
+    # What is all one pool has one transverse relaxation.
+    pools["R2sIW"] = np.where(pools["MWF"] > 0, pools["R2sIW"], pools["R2sEW"])
     pools["theta"] = np.arccos(np.clip(np.abs(head.fibres()[:, 2]), 0, 1))
     pools["freqMW"], pools["freqIW"] = _cylinders(pools)
     return pools
