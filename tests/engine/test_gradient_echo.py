@@ -398,8 +398,8 @@ def test_mcrmwi_reference_with_spoiling(shared, monkeypatch, name):
     ref = read(shared, name)
     params = named(ref)
 
-    def without_phase(*arguments):
-        free, myelin = spoiled_steady_state(*arguments)
+    def without_phase(**arguments):
+        free, myelin = spoiled_steady_state(**arguments)
         return free, torch.complex(myelin.abs(), torch.zeros_like(myelin.abs()))
 
     options, inputs, key = {}, {"b1": params["b1"]}, "signals_bm_plus_ann"

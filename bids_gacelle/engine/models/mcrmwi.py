@@ -22,7 +22,8 @@ from bids_gacelle.engine.models.threepools import (
     ThreePools,
     typical,
 )
-from bids_gacelle.engine.physics.epgx import spoiled_steady_state
+from bids_gacelle.engine.physics.epgx import spoiled_steady_state, truncation_order
+from bids_gacelle.engine.physics.epgx_derivatives import spoiled_steady_state_derivatives
 from bids_gacelle.engine.physics.steady_state import rational_fit
 from bids_gacelle.engine.physics.surrogate import (
     R2_MYELIN,
@@ -53,6 +54,17 @@ _RELAXATION = (
         window=(0.0, 5.0),
     ),
 )
+
+
+# Slower decay takes more orders of the phase graph, and is not that of tissue.
+_LEAST_R2S = 1 / 0.15
+
+
+def _limited(parameter: Parameter) -> Parameter:
+    """Return the decay of water outside of myelin within what steady states are computed for."""
+    if parameter.compartment == "MW":
+        return parameter
+    return replace(parameter, bounds=(_LEAST_R2S, parameter.bounds[1]))
 
 
 class McrMwi(ThreePools):
@@ -127,7 +139,7 @@ class McrMwi(ThreePools):
         AMPLITUDE,
         *FRACTIONS,
         *_RELAXATION,
-        *DECAYS,
+        *(_limited(parameter) for parameter in DECAYS),
         *SHIFTS,
         BACKGROUND,
         INITIAL_PHASE,
@@ -157,6 +169,8 @@ class McrMwi(ThreePools):
         if not 0 < self.t1_myelin < float("inf"):
             raise EngineError(f"t1_myelin must be a time in s above 0, got {self.t1_myelin}.")
         self.increment = self._increment()
+        least = torch.tensor([0.0, _LEAST_R2S, R2_MYELIN, 0.0, float(self.excitations[:, 1].min())])
+        self._orders = int(truncation_order(*least.double()))
         self.surrogate = self._find_surrogate() if self.steady_state == "surrogate" else None
         self.shaping = ("MWF", "R1IEW", "kIEWM") if self.exchange else ("MWF", "R1IEW")
         if self.steady_state != "ideal":
@@ -174,17 +188,41 @@ class McrMwi(ThreePools):
 
     def magnetisation(self, params: dict[str, Tensor], inputs: Inputs | None) -> Tensor:
         """Return the steady states, (2 pools, parts, excitations, ...)."""
-        mwf, r1 = params["MWF"], params["R1IEW"]
-        volume = 1 - mwf + mwf / self.rho
-        states = self._steady_states(
-            mwf / (self.rho * volume),
-            r1,
-            params["kIEWM"] if self.exchange else torch.zeros_like(r1),
-            params["R2sIW"],
-            self.flip_angle(inputs, r1),
-        )
+        volume, pools = self._pools(params, inputs)
+        if self.steady_state == "ideal":
+            states = [signal[None] for signal in bloch_mcconnell(**pools)]
+        elif self.surrogate is not None:
+            found = self.surrogate(**pools, r2_free=params["R2sIW"])
+            states = [
+                _from_polar(found.free, found.free_phase),
+                _from_polar(found.myelin, found.myelin_phase),
+            ]
+        else:
+            spoiling = self._spoiling(params)
+            states = [_parts(m) for m in spoiled_steady_state(**pools, **spoiling)]
         free, myelin = states
         return torch.stack((self.rho * volume * myelin, volume * free))
+
+    def _state_slopes(
+        self, params: dict[str, Tensor], inputs: Inputs | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the magnetisations and their derivatives by the parameters that shape them."""
+        if self.steady_state != "epgx":
+            return super()._state_slopes(params, inputs)
+        volume, pools = self._pools(params, inputs)
+        found = spoiled_steady_state_derivatives(**pools, **self._spoiling(params))
+        state, by_fraction, by_r1, by_r2, by_exchange = (
+            torch.stack((self.rho * _parts(z[1]), _parts(z[0]))) for z in found[:5]
+        )
+        by_volume = 1 / self.rho - 1
+        slopes = {
+            # f = MWF / (rho V), so that df / dMWF = 1 / (rho V^2)
+            "MWF": by_volume * state + by_fraction / (self.rho * volume),
+            "R1IEW": volume * by_r1,
+            "R2sIW": volume * by_r2,
+            "kIEWM": volume * by_exchange,
+        }
+        return volume * state, {name: slopes[name] for name in self.shaping}
 
     def derive(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return relaxation times in s."""
@@ -202,26 +240,31 @@ class McrMwi(ThreePools):
         }
         return self.start_from(data, inputs, values)
 
-    def _steady_states(
-        self, fraction: Tensor, r1: Tensor, exchange: Tensor, r2: Tensor, angle: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return free and myelin pool for unit equilibrium, (parts, excitations, ...) each."""
-        tr = self.repetition_time(fraction)
-        r1_myelin = torch.full_like(fraction, 1 / self.t1_myelin)
-        if self.steady_state == "ideal":
-            free, myelin = bloch_mcconnell(fraction, r1, r1_myelin, exchange, tr, angle)
-            return free[None], myelin[None]
-        if self.surrogate is not None:
-            found = self.surrogate(fraction, r1, r2, r1_myelin, exchange, tr, angle)
-            return (
-                _from_polar(found.free, found.free_phase),
-                _from_polar(found.myelin, found.myelin_phase),
-            )
-        r2_myelin = torch.full_like(fraction, R2_MYELIN)
-        free, myelin = spoiled_steady_state(
-            fraction, r1, r2, r1_myelin, r2_myelin, exchange, tr, angle, self.increment
-        )
-        return torch.stack((free.real, free.imag)), torch.stack((myelin.real, myelin.imag))
+    def _pools(
+        self, params: dict[str, Tensor], inputs: Inputs | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the volume that the water of unit S0 fills, and what its two pools are."""
+        mwf, r1 = params["MWF"], params["R1IEW"]
+        volume = 1 - mwf + mwf / self.rho
+        pools = {
+            "fraction": mwf / (self.rho * volume),
+            "r1_free": r1,
+            "r1_myelin": torch.full_like(r1, 1 / self.t1_myelin),
+            "exchange": params["kIEWM"] if self.exchange else torch.zeros_like(r1),
+            "tr": self.repetition_time(r1),
+            "angle": self.flip_angle(inputs, r1),
+        }
+        return volume, pools
+
+    def _spoiling(self, params: dict[str, Tensor]) -> dict[str, Any]:
+        """Return what a simulation needs besides the pools."""
+        r2 = params["R2sIW"]
+        return {
+            "r2_free": r2,
+            "r2_myelin": torch.full_like(r2, R2_MYELIN),
+            "increment": self.increment,
+            "orders": self._orders,
+        }
 
     def _find_surrogate(self) -> Surrogate:
         """Return the surrogate; flip angles beyond its range make a voxel unusable.
@@ -265,6 +308,11 @@ class McrMwi(ThreePools):
         return float(given[0])
 
 
-def _from_polar(size: Tensor, phase: Tensor) -> Tensor:
+def _parts(z: Tensor) -> Tensor:
     """Return real and imaginary parts, on axis 0."""
+    return torch.stack((z.real, z.imag))
+
+
+def _from_polar(size: Tensor, phase: Tensor) -> Tensor:
+    """Return real and imaginary parts of size exp(i phase), on axis 0."""
     return torch.stack((size * torch.cos(phase), size * torch.sin(phase)))

@@ -18,10 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.derivatives import directional
 from bids_gacelle.engine.physics.epgx import (
     Symmetric,
-    _det,
     _in_pools,
     _inverse,
     _line,
@@ -30,7 +28,7 @@ from bids_gacelle.engine.physics.epgx import (
     _train,
     _turned,
 )
-from bids_gacelle.engine.physics.two_pools import Modes, exchange_modes
+from bids_gacelle.engine.physics.two_pools import ModeChange, Modes, exchange_mode_derivatives
 
 Matrix = tuple[Tensor, Tensor, Tensor, Tensor]  # entries 11, 12, 21, 22
 
@@ -84,51 +82,36 @@ def spoiled_steady_state_derivatives(
 ) -> SteadyState:
     """Return `epgx.spoiled_steady_state`, of as many orders for all cases, with its derivatives.
 
-    The derivatives are by fraction, rates of the free pool, exchange and flip angle.
+    The derivatives are by fraction, rates of the free pool, exchange and flip angle. In single
+    precision those by fraction and by exchange lose digits where the modes are about to meet: both
+    pools with the same R1 and no exchange, or less than about 1e-6 of myelin and of exchange.
     """
     fraction, r1_free, r2_free, r1_myelin, r2_myelin, exchange, tr, angle = (
         torch.broadcast_tensors(
             fraction, r1_free, r2_free, r1_myelin, r2_myelin, exchange, tr, angle
         )
     )
-    along, along_by = _modes(fraction, r1_free, r1_myelin, exchange, tr)
-    across, across_by = _modes(fraction, r2_free, r2_myelin, exchange, tr)
+    along, *along_by = exchange_mode_derivatives(fraction, r1_free, r1_myelin, exchange)
+    across, *across_by = exchange_mode_derivatives(fraction, r2_free, r2_myelin, exchange)
     train = _train(along, across, tr, angle, increment)
-    both = [
-        _Change(l1[:2], l2[:2], l1[2] - l2[2], l2[2])
+
+    def rates(change: ModeChange) -> tuple[Tensor, Tensor]:
+        return tr * change.slow, tr * change.fast
+
+    by_fraction, _, by_exchange = (
+        _Change(rates(l1), rates(l2), l1.angle - l2.angle, l2.angle)
         for l1, l2 in zip(along_by, across_by, strict=True)
-    ]
+    )
+    l1, l2 = along_by[1], across_by[1]
     changes = (
-        both[0]._replace(fraction=True),
-        _Change(stored=along_by[1][:2], between=along_by[1][2]),
-        _Change(lost=across_by[1][:2], between=-across_by[1][2], across=across_by[1][2]),
-        both[2],
+        by_fraction._replace(fraction=True),
+        _Change(stored=rates(l1), between=l1.angle),
+        _Change(lost=rates(l2), between=-l2.angle, across=l2.angle),
+        by_exchange,
         _Change(tangent=0.5 * (1 + train.tangent**2)),
     )
     signal, slopes = _signals(train, across, fraction, changes, orders)
     return SteadyState(signal, *slopes)
-
-
-def _modes(
-    fraction: Tensor, r_free: Tensor, r_myelin: Tensor, exchange: Tensor, tr: Tensor
-) -> tuple[Modes, list[tuple[Tensor, Tensor, Tensor]]]:
-    """Return modes, and how both rates times TR and the doubled angle change.
-
-    By fraction, by rate of the free pool and by exchange.
-    """
-    values = fraction, r_free, exchange
-    changes = []
-    for which in range(3):
-        tangents = tuple(
-            (torch.ones_like if i == which else torch.zeros_like)(v) for i, v in enumerate(values)
-        )
-        found, moved = directional(
-            lambda f, r, k: torch.stack(exchange_modes(f, r, r_myelin, k)), values, tangents
-        )
-        modes, by = Modes(*found), Modes(*moved)
-        angle = modes.cosine * by.sine - modes.sine * by.cosine
-        changes.append((tr * by.slow, tr * (by.slow + by.spread), angle))
-    return modes, changes
 
 
 def _signals(

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.derivatives import directional
 from bids_gacelle.engine.physics.epgx import spoiled_steady_state
 from bids_gacelle.engine.physics.surrogate import R2_MYELIN, Start, network, surrogate_start
 from bids_gacelle.engine.physics.two_pools import bloch_mcconnell
@@ -140,15 +139,16 @@ def exact(tissue: Tissue, increment: float, block: int) -> Tensor:
 
 def make_cases(tissue: Tissue, increment: float, block: int) -> Cases:
     """Simulate the cases of one increment."""
-    angle = tissue.angle
-    up, down = (exact(tissue._replace(angle=angle + s * _STEP), increment, block) for s in (1, -1))
 
-    def start(a: Tensor) -> Tensor:
-        begun = tissue._replace(angle=a).start(increment)
-        return torch.cat((begun.features, begun.base))
+    def at(angle: Tensor) -> tuple[Tensor, Tensor]:
+        """Features, and what is left for the network."""
+        there = tissue._replace(angle=angle)
+        begun = there.start(increment)
+        return begun.features, exact(there, increment, block) - begun.base
 
-    begun, slopes = directional(start, (angle,), (torch.ones_like(angle),))
-    n = len(begun) - 4
+    features, target = at(tissue.angle)
+    up, down = (at(tissue.angle + s * _STEP) for s in (1, -1))
+    slopes = [(u - d) / (2 * _STEP) for u, d in zip(up, down, strict=True)]
     free, myelin = tissue.ideal()
     scale = (
         free / _MAGNITUDE,
@@ -157,12 +157,7 @@ def make_cases(tissue: Tissue, increment: float, block: int) -> Cases:
         myelin / _COMPLEX + 1 / _MYELIN_PHASE,
     )
     cases = Cases(
-        begun[:n],
-        slopes[:n],
-        exact(tissue, increment, block) - begun[n:],
-        (up - down) / (2 * _STEP) - slopes[n:],
-        torch.stack(scale),
-        torch.stack((free, myelin)),
+        features, slopes[0], target, slopes[1], torch.stack(scale), torch.stack((free, myelin))
     )
     return Cases(*(part.float() for part in cases))
 

@@ -46,6 +46,51 @@ def exchange_modes(fraction: Tensor, r_free: Tensor, r_myelin: Tensor, exchange:
     exchange
         k, rate from the free to the myelin pool in 1/s; back it is k (1 - f) / f.
     """
+    return _diagonalise(fraction, r_free, r_myelin, exchange)[0]
+
+
+class ModeChange(NamedTuple):
+    """Derivatives of both rates, and of the doubled angle in radian, by one parameter."""
+
+    slow: Tensor
+    fast: Tensor
+    angle: Tensor
+
+
+def exchange_mode_derivatives(
+    fraction: Tensor, r_free: Tensor, r_myelin: Tensor, exchange: Tensor
+) -> tuple[Modes, ModeChange, ModeChange, ModeChange]:
+    """Return `exchange_modes` and how they change by f, by the free pool's rate, and by k."""
+    modes, total, gap = _diagonalise(fraction, r_free, r_myelin, exchange)
+    f = fraction.clamp_min(_NO_FRACTION)
+    root = torch.sqrt(f * (1 - f))
+
+    def change(det: Tensor, whole: Tensor | float, lean: Tensor, couple: Tensor | float,
+               fraction_too: float = 0) -> ModeChange:  # fmt: skip
+        """Derivatives from those of what `_diagonalise` calls so."""
+        apart = modes.cosine * lean + modes.sine * couple
+        slow = (2 * det - modes.slow * (whole + apart)) / (total + gap)
+        spread = (apart - fraction_too * modes.spread) / f
+        return ModeChange(slow, slow + spread, (modes.cosine * couple - modes.sine * lean) / gap)
+
+    return (
+        modes,
+        change(
+            r_free * r_myelin + exchange * (r_myelin - r_free),
+            r_free + r_myelin,
+            r_myelin - r_free - 2 * exchange,
+            exchange * (1 - 2 * f) / root,
+            1,
+        ),
+        change(f * r_myelin + exchange * (1 - f), f, -f, 0),
+        change((1 - f) * r_free + f * r_myelin, 1, 1 - 2 * f, 2 * root),
+    )
+
+
+def _diagonalise(
+    fraction: Tensor, r_free: Tensor, r_myelin: Tensor, exchange: Tensor
+) -> tuple[Modes, Tensor, Tensor]:
+    """Return the modes, and sum and difference of their rates times f."""
     f = fraction.clamp_min(_NO_FRACTION)
     # All rates are multiplied by f, which takes the pole of the rate back out of them.
     total = f * (r_free + r_myelin) + exchange
@@ -54,7 +99,7 @@ def exchange_modes(fraction: Tensor, r_free: Tensor, r_myelin: Tensor, exchange:
     gap = torch.sqrt(lean**2 + couple**2 + (_NO_SPREAD * f) ** 2)
     det = f * r_free * r_myelin + exchange * ((1 - f) * r_free + f * r_myelin)
     # The slow rate as det over the fast one instead of a difference, which would cancel.
-    return Modes(2 * det / (total + gap), gap / f, lean / gap, couple / gap)
+    return Modes(2 * det / (total + gap), gap / f, lean / gap, couple / gap), total, gap
 
 
 def bloch_mcconnell(
