@@ -178,6 +178,14 @@ def test_neighbours_blocks_and_shape_do_not_matter():
     torch.testing.assert_close(single[0], free[7], atol=1e-14, rtol=0)
 
 
+def test_a_fixed_number_of_orders_suits_vmap():
+    values = cases(20)
+    expected = spoiled_steady_state(*values, 50.0, orders=16)
+    mapped = torch.func.vmap(lambda *v: spoiled_steady_state(*v, 50.0, orders=16))(*values)
+    for ours, pool in zip(mapped, expected, strict=True):
+        torch.testing.assert_close(ours, pool, atol=1e-14, rtol=0)
+
+
 @pytest.mark.parametrize("increment", INCREMENTS)
 def test_derivatives_are_those_of_forward_mode(increment):
     values = cases(100)

@@ -86,8 +86,6 @@ class Cases(NamedTuple):
         (4, cases) what the network should give.
     scale
         (4, cases) reciprocal of the errors that count as one.
-    ideal
-        (2, cases) magnitudes without echoes.
     """
 
     features: Tensor
@@ -95,7 +93,6 @@ class Cases(NamedTuple):
     target: Tensor
     target_slopes: Tensor
     scale: Tensor
-    ideal: Tensor
 
 
 def draw(n: int, seed: int, device: torch.device) -> Tissue:
@@ -156,21 +153,21 @@ def make_cases(tissue: Tissue, increment: float, block: int) -> Cases:
         myelin / _MAGNITUDE,
         myelin / _COMPLEX + 1 / _MYELIN_PHASE,
     )
-    cases = Cases(
-        features, slopes[0], target, slopes[1], torch.stack(scale), torch.stack((free, myelin))
-    )
+    cases = Cases(features, slopes[0], target, slopes[1], torch.stack(scale))
     return Cases(*(part.float() for part in cases))
 
 
 def all_cases(n: int, seed: int, device: torch.device) -> Cases:
     """Simulate the same cases for all increments, (increments, rows, cases)."""
     tissue = draw(n, seed, device)
-    block = 8192 if device.type == "cpu" else 2**20
+    # Many small operations take as long for many cases as for a few on an accelerator.
+    block = 8192 if device.type == "cpu" else 2**22
+    chunk = 2**22
     made = []
     for increment in INCREMENTS:
         parts = [
-            make_cases(Tissue(*(row[i : i + 2**20] for row in tissue)), increment, block)
-            for i in range(0, n, 2**20)
+            make_cases(Tissue(*(row[i : i + chunk] for row in tissue)), increment, block)
+            for i in range(0, n, chunk)
         ]
         made.append([torch.cat(part, 1) for part in zip(*parts, strict=True)])
     return Cases(*(torch.stack(part) for part in zip(*made, strict=True)))
@@ -397,7 +394,9 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-def write(out: Path, arrays: dict[str, np.ndarray], options: argparse.Namespace) -> None:
+def write(
+    out: Path, arrays: dict[str, np.ndarray], options: argparse.Namespace, commit: str
+) -> None:
     """Write weights and card."""
     np.savez(out / "surrogate.npz", **arrays)  # type: ignore[arg-type]
     card = {
@@ -413,7 +412,7 @@ def write(out: Path, arrays: dict[str, np.ndarray], options: argparse.Namespace)
             key: getattr(options, key)
             for key in ("cases", "minutes", "batch", "rate", "width", "depth", "seed")
         }
-        | {"device": options.device, "torch": torch.__version__, "commit": _commit()},
+        | {"device": options.device, "torch": torch.__version__, "commit": commit},
     }
     (out / "surrogate.json").write_text(json.dumps(card, indent=1) + "\n")
     for increment, where in card["errors"].items():  # type: ignore[attr-defined]
@@ -442,12 +441,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Simulate, train, and write weights and card."""
     options = parser().parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    began, commit = time.monotonic(), _commit()
     cases = all_cases(options.cases, options.seed, torch.device(options.device))
     print(f"simulated in {time.monotonic() - began:.0f} s", flush=True)
     cases, mean, deviation = standardise(cases)
     parameters = train(cases, options.out, options)
-    write(options.out, folded(parameters, mean, deviation), options)
+    write(options.out, folded(parameters, mean, deviation), options, commit)
 
 
 if __name__ == "__main__":
