@@ -63,6 +63,38 @@ def add_vfa(
         write_json(root / f"sub-{subject}/anat/{stem}.json", sidecar)
 
 
+def add_contrasts(
+    root: Path,
+    suffix: str = "MPM",
+    subject: str = "01",
+    t1: float = 1.0,
+    echoes: tuple[int, int, int] = (3, 5, 4),
+) -> None:
+    """MT-, PD- and T1-weighted echoes without noise, of one T1 (s) and R2* of 25 1/s."""
+    repetition_time, folder = 0.025, root / f"sub-{subject}/anat"
+    decay = np.exp(-repetition_time / t1)
+    contrasts = zip(("MTw", "PDw", "T1w"), (1, 1, 2), (6, 6, 21), echoes, strict=True)
+    for acq, flip, degrees, count in contrasts:
+        angle, mt = np.deg2rad(degrees), acq == "MTw"
+        first = (
+            1e4 * np.sin(angle) * (1 - decay) / (1 - decay * np.cos(angle)) * (0.7 if mt else 1)
+        )
+        for echo in range(1, count + 1):
+            time = 0.004 * echo - 0.002
+            state = "on" if mt else "off"
+            stem = f"sub-{subject}_acq-{acq}_echo-{echo}_flip-{flip}_mt-{state}_{suffix}"
+            signal = np.full(SHAPE, first * np.exp(-time * R2STAR))
+            write_image(folder / f"{stem}.nii.gz", signal)
+            sidecar = {
+                "EchoTime": time,
+                "FlipAngle": degrees,
+                "RepetitionTimeExcitation": repetition_time,
+                "MTState": mt,
+                "MagneticFieldStrength": 3,
+            }
+            write_json(folder / f"{stem}.json", sidecar)
+
+
 def add_b1_map(root: Path, b1: np.ndarray, subject: str = "01") -> None:
     """A relative B1 map; 0 where there is none."""
     path = root / f"sub-{subject}/fmap/sub-{subject}_TB1map.nii.gz"

@@ -51,7 +51,7 @@ OK, FAILED, NOTHING = 0, 1, 3
 def dry_run(settings: Settings) -> int:
     """Print what would be fitted and why the rest would not."""
     load_model_files(settings.model_file)
-    plan = make_plan(settings)
+    plan = check_plan(make_plan(settings), wait_for_files=True)
     LOGGER.addHandler(screen := logging.StreamHandler(sys.stdout))
     LOGGER.setLevel(logging.INFO)
     try:
@@ -314,6 +314,7 @@ def _warnings(plan: Plan) -> dict[str, list[str]]:
             if finding.severity == "warning"
             and (finding.subject, finding.session) == (series.subject, series.session)
             and finding.file not in others
+            and finding.series in ("", series.label)
         ]
     return found
 

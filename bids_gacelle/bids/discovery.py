@@ -7,7 +7,6 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from bids_gacelle.bids.candidates import Candidate, nameable
 from bids_gacelle.bids.companions import FIBRE_MAPS, add_companions
@@ -143,17 +142,17 @@ def _candidates(kind: Kind, context: Context, subject: str, session: str) -> lis
 
 
 def _job(candidate: Candidate, need: ModelNeeds) -> tuple[Job, list[Finding]]:
-    series = candidate.series
+    series, prefix = candidate.series, f"{_place(candidate.series)} {candidate.series.label}: "
+    notes = [_finding("info", series, f"{prefix}{n}.") for n in _notes(candidate, need)]
     problem = _problem(candidate, need)
+    if candidate.problem:
+        job = Job(series, need.name, str(problem), "broken")
+        return job, [_skipped(series, need.name, candidate.problem)]
     if problem:
-        cause: Literal["broken", "unsuited"] = "broken" if candidate.problem else "unsuited"
-        job = Job(series, need.name, str(problem), cause)
-        return job, [_skipped(series, need.name, problem)]
-    prefix = f"{_place(series)} {series.label}: "
-    warnings = _warnings(candidate, need)
-    findings = [_finding("warning", series, prefix + w + ".") for w in warnings]
-    findings += [_finding("info", series, prefix + n + ".") for n in _notes(candidate, need)]
-    return Job(series, need.name), findings
+        job = Job(series, need.name, str(problem), "unsuited")
+        return job, [_skipped(series, need.name, problem), *notes]
+    warnings = [_finding("warning", series, f"{prefix}{w}.") for w in _warnings(candidate, need)]
+    return Job(series, need.name), [*warnings, *notes]
 
 
 def _problem(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
@@ -219,10 +218,11 @@ def _warnings(candidate: Candidate, need: ModelNeeds) -> list[str]:
 
 def _notes(candidate: Candidate, need: ModelNeeds) -> list[str]:
     result = list(candidate.notes)
-    if need.kind == "vfa" and not need.knows_echoes and _most_echoes(candidate) > 1:
+    fits = _problem(candidate, need) is None
+    if need.kind == "vfa" and not need.knows_echoes and _most_echoes(candidate) > 1 and fits:
         result.append(f"{need.name} uses the first echo of each flip angle")
     for name, given in candidate.series.voxel_maps.items():
-        if need.takes(name):
+        if need.takes(name) and fits:
             result.append(f"{need.name} uses `{given.image}` as its map {name}")
     return result
 
@@ -370,12 +370,26 @@ def _skipped(series: Series, model: str, problem: MetadataError) -> Finding:
     """ERROR: why a model is not fitted to a series that is there."""
     message = f"{_place(series)} {series.label} model {model} skipped: {problem}"
     return Finding(
-        "error", message, series.subject, series.session, model, problem.file, problem.field
+        "error",
+        message,
+        series.subject,
+        series.session,
+        model,
+        problem.file,
+        problem.field,
+        series.label,
     )
 
 
 def _finding(severity: Severity, series: Series, message: str) -> Finding:
-    return Finding(severity, message, series.subject, series.session, file=series.images[0])
+    return Finding(
+        severity,
+        message,
+        series.subject,
+        series.session,
+        file=series.images[0],
+        series=series.label,
+    )
 
 
 def _place(series: Series) -> str:

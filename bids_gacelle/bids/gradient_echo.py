@@ -152,19 +152,24 @@ def _about_mt(files: Sequence[BidsFile]) -> tuple[str, ...]:
 
 def _without_shared_names(found: Sequence[Candidate]) -> list[Candidate]:
     """Leave out series whose maps would have the names of those of another, and say so there."""
-    kept: dict[tuple[tuple[str, str], ...], Candidate] = {}
+    kept: list[Candidate] = []
+    places: dict[tuple[tuple[str, str], ...], int] = {}
     for candidate in found:
         key = tuple(sorted(candidate.series.entities.items()))
-        first = kept.setdefault(key, candidate)
-        if first is not candidate:
-            suffix, query = candidate.files[0].suffix, candidate.series.kind
-            note = (
-                f"`{candidate.files[0].label}` and its like not used: their maps would have the "
-                "same names. To fit them instead, give a filter file with "
-                f'{{"{query}": {{"suffix": "{suffix}"}}}}'
-            )
-            kept[key] = replace(first, notes=(*first.notes, note))
-    return list(kept.values())
+        if candidate.problem or key not in places:
+            if not candidate.problem:
+                places[key] = len(kept)
+            kept.append(candidate)
+            continue
+        suffix, query = candidate.files[0].suffix, candidate.series.kind
+        note = (
+            f"`{candidate.files[0].label}` and its like not used: their maps would have the same "
+            "names. To fit them instead, give a filter file with "
+            f'{{"{query}": {{"suffix": "{suffix}"}}}}'
+        )
+        first = kept[places[key]]
+        kept[places[key]] = replace(first, notes=(*first.notes, note))
+    return kept
 
 
 # ---------------------------------------------------------------------------------- the two kinds
@@ -182,7 +187,7 @@ class _Read:
 def _megre(files: Sequence[BidsFile], context: Context) -> Candidate:
     start = _start("megre", files, kept_entities(files[0]))
     try:
-        parts = pair_parts(files)
+        parts = pair_parts(_without_ignored(files, context))
         sidecars = _sidecars(parts.pairs, context)
         fields = ("FlipAngle", "RepetitionTimeExcitation", "RepetitionTime")
         _require_one_setting(
@@ -212,7 +217,7 @@ def _vfa(
         if not used:
             return None
         start = _start("vfa", used, entities)
-        parts = pair_parts(used)
+        parts = pair_parts(_without_ignored(used, context))
         sidecars = _sidecars(parts.pairs, context)
         for each in sidecars:
             _refuse_ssfp(each)
@@ -245,6 +250,12 @@ def _start(kind: Kind, files: Sequence[BidsFile], entities: dict[str, str]) -> C
     first = files[0]
     images = tuple(str(f.path) for f in files)
     return Candidate(Series(kind, first.subject, first.session, entities, images), tuple(files))
+
+
+def _without_ignored(files: Sequence[BidsFile], context: Context) -> list[BidsFile]:
+    """Images without the phases where those are to be ignored, unless there is nothing else."""
+    ignored = "phase" if "phase" in context.options.ignore else ""
+    return [f for f in files if f.entities.get("part") != ignored] or list(files)
 
 
 def _sidecars(pairs: Sequence[Pair], context: Context) -> list[Sidecars]:

@@ -63,9 +63,8 @@ def review_series(
         place = f"sub-{series.subject}" + (f"/ses-{series.session}" if series.session else "")
         verb = " skipped" if severity == "error" else ""
         message = f"{place} {series.label}{verb}: {problem}"
-        findings.append(
-            Finding(severity, message, series.subject, series.session, file=problem.file)
-        )
+        about = {"file": problem.file, "series": series.label}
+        findings.append(Finding(severity, message, series.subject, series.session, **about))
 
     try:
         reference = _check_images(series)
@@ -78,6 +77,13 @@ def review_series(
         report("error", problem)
         return series, findings, str(problem)
     return replace(series, mask=mask, atlases=atlases), findings, ""
+
+
+def absent_images(series: Series) -> list[str]:
+    """Images of a series of which there is no content: empty files, links that lead nowhere."""
+    second = series.second.images if series.second else ()
+    images = [Path(p) for p in (*series.images, *second)]
+    return [str(p) for p in images if not p.exists() or p.stat().st_size == 0]
 
 
 def _check_images(series: Series) -> SpatialImage:

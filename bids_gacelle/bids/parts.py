@@ -184,7 +184,7 @@ def _require_agreement(image: Sidecars, other: Sidecars) -> None:
             raise MetadataError(
                 f"`{field}` is {first.value!r} in `{first.file.label}`, but {second.value!r} in "
                 f"`{second.file.label}`: two parts of one image have the same. Correct the one "
-                "that is wrong.",
+                "that is wrong, or pass --ignore phase.",
                 second.file.path,
                 field,
             )

@@ -15,7 +15,7 @@ from bids_gacelle.bids.layouts import (
     guess_layout,
     open_layout,
 )
-from bids_gacelle.bids.metadata import TIMES_IN_MS
+from bids_gacelle.bids.metadata import QUANTITIES, TIMES_IN_MS
 from bids_gacelle.bids.options import Context, Options
 from bids_gacelle.bids.queries import read_filters
 from bids_gacelle.errors import InputError
@@ -134,6 +134,16 @@ def _open(
             f"--b0-threshold {options.b0_threshold:g}: the highest b-value (s/mm^2) that counts "
             "as b=0 is needed, 0 or more."
         )
+    for option, given, field in (
+        ("--field-strength", options.field_strength, "MagneticFieldStrength"),
+        ("--spoiling-increment", options.spoiling_increment, "SpoilingRFPhaseIncrement"),
+    ):
+        known = QUANTITIES[field]
+        if given is not None and not known.low <= given <= known.high:
+            raise InputError(
+                f"{option} {given:g}: a number from {known.low:g} to {known.high:g} {known.unit} "
+                "is needed."
+            )
     for field in options.assume_ms:
         if field not in TIMES_IN_MS:
             valid = ", ".join(TIMES_IN_MS)

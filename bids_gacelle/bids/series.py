@@ -12,7 +12,10 @@ Severity = Literal["error", "warning", "info"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One message about the input: a sentence a user can act on, and what it is about."""
+    """One message about the input: a sentence a user can act on, and what it is about.
+
+    ``series`` is the label of the series, "" where it is not about one.
+    """
 
     severity: Severity
     message: str
@@ -21,6 +24,7 @@ class Finding:
     model: str = ""
     file: str = ""
     field: str = ""
+    series: str = ""
 
 
 @dataclass(frozen=True)

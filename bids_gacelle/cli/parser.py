@@ -162,7 +162,7 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         action="extend",
         type=argtypes.voxel_map,
         metavar="INPUT=PATH",
-        help="map of a voxel input of a model on the grid of its images, such as theta, ff or "
+        help="map of a voxel input of a model in the space of its images, such as theta, ff or "
         "b1; {subject} and {session} in the path stand for labels",
     )
     group.add_argument(

@@ -14,6 +14,7 @@ from bids_gacelle.engine.device import resolve_devices
 from bids_gacelle.engine.solvers import check_solver_options, solver_options
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.model_files import model_file
+from bids_gacelle.interfaces.units import map_unit
 from bids_gacelle.settings import Settings
 
 WEIGHTINGS = ("none", "first-echo")
@@ -188,7 +189,10 @@ def describe_models() -> str:
     lines = []
     for name in list_models():
         model = get_model(name)
-        parameters = ", ".join(f"{p.name} [{p.unit}]" for p in (*model.parameters, *model.derived))
+        parameters = ", ".join(
+            f"{p.name} [{map_unit(p, field_strength=1.0).unit}]"
+            for p in (*model.parameters, *model.derived)
+        )
         needs = (
             f"{model.kind}, at least {model.minimum_measurements} "
             + ({"megre": "echoes", "vfa": "flip angles", "dwi": "shells"}[model.kind])

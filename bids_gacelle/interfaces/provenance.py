@@ -15,7 +15,7 @@ from bids_gacelle.bids.series import Series, Sourced, to_json
 from bids_gacelle.bids.sidecar import FitRecord, estimation_text
 from bids_gacelle.interfaces.gradient_echo import uses_phases
 from bids_gacelle.interfaces.model_files import model_file
-from bids_gacelle.interfaces.units import map_unit, prior_in_map_units
+from bids_gacelle.interfaces.units import map_units, prior_in_map_units
 from bids_gacelle.settings import Settings
 
 FIT_SETTINGS = (
@@ -129,6 +129,7 @@ def fit_record(
     columns = model.scheme.columns()
     done = fitted["settings"]
     done = {**done, "prior": prior_in_map_units(done.get("prior"), model)}
+    units = map_units(model)
     shells = None
     if series.kind == "dwi":
         shells = {k: None if v is None else v.tolist() for k, v in columns.items()}
@@ -140,9 +141,7 @@ def fit_record(
         fit_hash=fit_hash(series, model.name, settings, digests),
         sources=sources(series, datasets),
         settings=done,
-        bounds={
-            p.name: map_unit(p, model).pair(p.bounds) for p in model.parameters if not p.amplitude
-        },
+        bounds={p.name: units[p.name].pair(p.bounds) for p in model.parameters if not p.amplitude},
         reference=next((r.doi for r in model.references), ""),
         options=settings.model_options.get(model.name, {}),
         shells=shells,

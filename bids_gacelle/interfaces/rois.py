@@ -19,7 +19,7 @@ from bids_gacelle.interfaces.base import LOGGER, Step
 from bids_gacelle.interfaces.collect import reference_image
 from bids_gacelle.interfaces.fit import FittedInputSpec, build_model, load_fit
 from bids_gacelle.interfaces.provenance import fit_record
-from bids_gacelle.interfaces.units import map_unit, map_units
+from bids_gacelle.interfaces.units import map_units
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes, same_grid
 from bids_gacelle.spatial.rois import integer_labels, read_lookup, roi_statistics, tissue_of
@@ -82,9 +82,9 @@ class RoiStatistics(Step):
         lookup = read_lookup(Path(atlas.table) if atlas.table else None, labels)
         fit = load_fit(self.inputs.fitted)
         valid = scatter((fit["flags"] & NO_ESTIMATE) == 0, mask, False)
-        rows = []
+        rows, units = [], map_units(model)
         for parameter in (*model.parameters, *model.derived):
-            key, unit = parameter.name, map_unit(parameter, model)
+            key, unit = parameter.name, units[parameter.name]
             statistics = roi_statistics(
                 scatter(fit[f"map_{key}"] * np.float32(unit.factor), mask, np.nan),
                 labels,

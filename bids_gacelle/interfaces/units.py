@@ -22,23 +22,24 @@ class MapUnit(NamedTuple):
         return float(self.factor * values[0]), float(self.factor * values[1])
 
 
-def map_unit(parameter: Parameter, model: SignalModel) -> MapUnit:
-    """The unit of the map of a parameter.
+def map_unit(parameter: Parameter, field_strength: float | None) -> MapUnit:
+    """The unit of the map of a parameter, of images at a field strength in T.
 
     It is that of the engine, but for two: what BIDS says is a percentage (MWFmap), and
     frequencies, which the engine has in ppm of the field and maps in Hz.
     """
     if parameter.suffix == "MWFmap" and parameter.unit == "1":
         return MapUnit("percent", 100.0)
-    field = getattr(model.scheme, "field_strength", None)
-    if parameter.unit == "ppm" and parameter.suffix != "Chimap" and field is not None:
-        return MapUnit("Hz", GYROMAGNETIC_RATIO * float(field[0]))
+    if parameter.unit == "ppm" and parameter.suffix != "Chimap" and field_strength is not None:
+        return MapUnit("Hz", GYROMAGNETIC_RATIO * field_strength)
     return MapUnit(parameter.unit, 1.0)
 
 
 def map_units(model: SignalModel) -> dict[str, MapUnit]:
     """The units of the maps of all parameters and derived quantities, by name."""
-    return {p.name: map_unit(p, model) for p in (*model.parameters, *model.derived)}
+    column = getattr(model.scheme, "field_strength", None)
+    field = None if column is None else float(column[0])
+    return {p.name: map_unit(p, field) for p in (*model.parameters, *model.derived)}
 
 
 def in_map_units(values: Mapping[str, Any], model: SignalModel) -> dict[str, Any]:

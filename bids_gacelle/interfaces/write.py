@@ -23,7 +23,7 @@ from bids_gacelle.interfaces.fit import FittedInputSpec, build_model, load_fit
 from bids_gacelle.interfaces.plots import ALL_VOXELS, decays, gradient_table, obtained_sd
 from bids_gacelle.interfaces.prepare import scheme_from_json
 from bids_gacelle.interfaces.rois import scatter, tissue_voxels
-from bids_gacelle.interfaces.units import map_unit
+from bids_gacelle.interfaces.units import MapUnit, map_units
 from bids_gacelle.settings import Settings
 
 OUTSIDE = 1
@@ -91,7 +91,8 @@ class WriteMaps(Step):
         self, parameter: Parameter, estimate: np.ndarray, deviation: np.ndarray
     ) -> dict[str, Any]:
         """Write a parameter's map and standard deviation; its entry of the manifest."""
-        written, unit = {}, map_unit(parameter, self._model)
+        written: dict[str, str] = {}
+        unit = map_units(self._model).get(parameter.name, MapUnit(parameter.unit, 1.0))
         for statistic, voxels in (("", estimate), ("std", deviation)):
             path = names.map_path(
                 self._series,
@@ -288,7 +289,7 @@ def total_field(
     if "complex" not in prepared or not fitted:
         return None
     found = np.load(prepared["complex"]["field"]).mean(axis=0)
-    factor = map_unit(fitted[0], model).factor / len(fitted)
+    factor = map_units(model)[fitted[0].name].factor / len(fitted)
     corrections = factor * np.stack([fit[f"map_{p.name}"] for p in fitted])
     deviations = factor * np.stack([fit[f"std_{p.name}"] for p in fitted])
     return found + corrections.sum(axis=0), np.sqrt((deviations**2).sum(axis=0))

@@ -211,6 +211,9 @@ def test_parts_whose_sidecars_disagree(tree, found, pick) -> None:
     reason = pick(found(), "r2star").reason
     assert "`EchoTime` is 0.01 in `sub-01/anat/sub-01_echo-2_part-mag_MEGRE.json`, but" in reason
     assert "0.011 in `sub-01/anat/sub-01_echo-2_part-phase_MEGRE.json`" in reason
+    job = pick(found(ignore=("phase",)), "r2star")
+    assert job.eligible
+    assert job.series.second is None
 
 
 # --------------------------------------------------------------------- flip angles and echoes
@@ -480,6 +483,16 @@ def test_maps_of_the_same_name_are_not_made_twice(tree, found, pick, messages) -
     assert pick(plan, "despot1").series.images[0].endswith("_MPM.nii")
 
 
+def test_broken_images_do_not_hide_others_of_their_name(tree, found, pick) -> None:
+    tree.vfa()
+    tree.json("VFA.json", PulseSequenceType="SSFP")
+    _mpm(tree, MPM)
+    broken, sound = pick(found(), "despot1", only=False)
+    assert "DESPOT2" in broken.reason
+    assert sound.eligible
+    assert sound.series.images[0].endswith("_MPM.nii")
+
+
 def test_filters_of_contrasts(tree, found, pick) -> None:
     _mpm(tree, (*MPM, ("old", 3, 30, "off", 3)))
     series = pick(found(filters={"mpm": {"acq": ["PDw", "T1w"]}}), "despot1").series
@@ -584,6 +597,19 @@ def test_missing_spoiling_increment_is_announced_to_whom_it_concerns(
         "mcrmwi takes 50 degrees. Add that of the sequence, or pass --spoiling-increment." in text
     )
     assert "r1r2star takes" not in text
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("field_strength", 30000.0, "--field-strength 30000: a number from 0.02 to 20 T"),
+        ("spoiling_increment", 0.87, "--spoiling-increment 0.87: a number from 4 to 360 degrees"),
+    ],
+)
+def test_options_that_cannot_be(tree, found, option: str, value: float, sentence: str) -> None:
+    _vfa(tree)
+    with pytest.raises(InputError, match=sentence):
+        found(**{option: value})
 
 
 @pytest.mark.parametrize(

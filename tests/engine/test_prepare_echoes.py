@@ -14,6 +14,7 @@ from bids_gacelle.engine.prepare.echoes import (
     implausible,
     scatter_sigma,
 )
+from tests.datasets import water
 
 TIMES = 0.002 + 0.003 * np.arange(10)
 ANGLES = (4.0, 20.0)
@@ -94,6 +95,16 @@ def test_noise_of_the_imaginary_parts():
     noise = random.normal(0, 0.8, (2, *signals.shape))
     found = demodulate(signals + noise[0] + 1j * noise[1], scheme())
     assert scatter_sigma(found, scheme()) == pytest.approx(0.8, rel=0.03)
+
+
+def test_several_pools_are_no_noise():
+    random = np.random.default_rng(5)
+    te = 0.002 + 0.003 * np.arange(12)
+    clean = water(te, 0.15)[:, None] * np.exp(0.3j) * np.ones(2000)
+    noise = random.normal(0, 1 / 150, (2, *clean.shape))
+    acquired = GradientEchoScheme(echo_time=te)
+    found = demodulate(clean + noise[0] + 1j * noise[1], acquired)
+    assert scatter_sigma(found, acquired) == pytest.approx(1 / 150, rel=0.03)
 
 
 @pytest.mark.parametrize("known", ["given", "background", "imaginary"])

@@ -30,6 +30,7 @@ def read(stored, units=""):
         (np.round(TRUE * 1000), "", "-3142 to 3142"),
         (TRUE * 1000, "arbitrary", "-3142 to 3142"),
         (np.round(TRUE / np.pi * 4095), "rad", "-4096 to 4095"),
+        (np.rad2deg(TRUE), "rad", "-180 to 180"),
     ],
 )
 def test_scales_are_recognised(stored, units, words):

@@ -19,6 +19,10 @@ from bids_gacelle.engine.scheme import DiffusionScheme, GradientEchoScheme, Sche
 
 Inputs = dict[str, Tensor]
 
+POSITIVE = (float(np.finfo(np.float64).tiny), float(np.finfo(np.float64).max))
+NOT_NEGATIVE = (0.0, POSITIVE[1])
+"""Limits of options that are any positive number, or also 0."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -133,6 +137,8 @@ class SignalModel(ABC):
         Constructor options with their defaults, whose type they keep; allowed values of those
         that have few. An instance has its values as attributes (unless there is a method of that
         name), and all of them in `chosen`.
+    option_limits
+        Least and largest value of options that are numbers with a limit.
     required
         Columns the acquisition must have.
     plausibility
@@ -171,6 +177,7 @@ class SignalModel(ABC):
     input_limits: dict[str, tuple[float, float]] = {}  # noqa: RUF012
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    option_limits: ClassVar[dict[str, tuple[float, float]]] = {}
     required: ClassVar[tuple[str, ...]] = ()
     plausibility: ClassVar[tuple[str, ...]] = ()
     starts: ClassVar[int] = 1
@@ -220,7 +227,7 @@ class SignalModel(ABC):
         Raises
         ------
         EngineError
-            An option is unknown, or its value is of the wrong type or not allowed.
+            An option is unknown, or its value is of the wrong type, not allowed or out of limits.
         """
         for name, value in options.items():
             if name not in cls.options:
@@ -231,6 +238,11 @@ class SignalModel(ABC):
             if not _is_a(value, wanted) or (allowed is not None and value not in allowed):
                 one_of = " or ".join(map(repr, allowed or ())) or f"of type {wanted.__name__}"
                 raise EngineError(f"The option {name} of {cls.name} is {one_of}, got {value!r}.")
+            low, high = limits = cls.option_limits.get(name, (-np.inf, np.inf))
+            if isinstance(value, Real) and not low <= float(value) <= high:
+                words = {POSITIVE: "a positive number", NOT_NEGATIVE: "a number of at least 0"}
+                wanted_value = words.get(limits, f"a number from {low:g} to {high:g}")
+                raise EngineError(f"{name} must be {wanted_value}, got {value}.")
 
     @classmethod
     def needed_inputs(cls, options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ RULES = {
 """Rules of plausibility, and what breaks them."""
 
 _TINY = np.finfo(np.float32).tiny
-_FEWEST = 500  # voxels
+_FEWEST = 500  # values that tell a noise level
 _FEWEST_ECHOES = 3
 # Quartiles of a Rayleigh distribution over sigma, and how far their ratio may be off.
 _MEDIAN, _QUARTILES, _TOLERANCE = np.sqrt(2 * np.log(2)), np.sqrt(np.log(4) / np.log(4 / 3)), 0.1
@@ -136,25 +136,30 @@ def background_sigma(air: _Float) -> float | None:
 def scatter_sigma(demodulated: Demodulated, scheme: GradientEchoScheme) -> float | None:
     """Return the noise of one channel from the imaginary parts of demodulated echoes.
 
-    Small errors of field and phase put |S_j| (a + b TE_j) there; what regressions on it leave, one
-    for each excitation, is noise with two degrees of freedom less than echoes. The median over
-    voxels of the mean square, over that of chi-square; None where there are too few.
+    Small errors of field and phase put |S_j| (a + b TE_j) there, several pools of water what is
+    smooth over the echoes too. Regressions on |S_j| times polynomials, of up to the third degree
+    where there are enough echoes, leave noise. The median over voxels of the mean square, over
+    that of chi-square; None where there are too few.
     """
-    n, squares, degrees = len(scheme), 0.0, 0
+    n, squares, degrees = len(scheme), np.zeros(demodulated.signals.shape[1]), 0
     for rows in _trains(scheme):
         if len(rows) < _FEWEST_ECHOES or scheme.echo_time is None:
             continue
         imaginary = demodulated.signals[n + rows].astype(np.float64)
         level = np.hypot(demodulated.signals[rows], imaginary)
-        slope = level * scheme.echo_time[rows][:, None]
-        for regressor in (level, slope - level * _share(slope, level)):
-            imaginary = imaginary - regressor * _share(imaginary, regressor)
-        squares = squares + (imaginary**2).sum(axis=0)
-        degrees += len(rows) - 2
-    if not degrees:
-        return None
-    known = np.asarray(squares)[np.isfinite(squares) & (np.asarray(squares) > 0)]
-    if known.size < _FEWEST:
+        time = scheme.echo_time[rows][:, None] / scheme.echo_time[rows].max()
+        order = min(3, len(rows) // 3)
+        regressors: list[_Float] = []
+        for power in range(order + 1):  # each made orthogonal to those before
+            new = level * time**power
+            for other in regressors:
+                new = new - other * _share(new, other)
+            regressors.append(new)
+            imaginary = imaginary - new * _share(imaginary, new)
+        squares += (imaginary**2).sum(axis=0)
+        degrees += len(rows) - order - 1
+    known = squares[np.isfinite(squares) & (squares > 0)]
+    if not degrees or known.size * degrees < _FEWEST:
         return None
     # median of chi-square (Wilson and Hilferty 1931)
     return float(np.sqrt(np.median(known) / (degrees * (1 - 2 / (9 * degrees)) ** 3)))

@@ -76,8 +76,8 @@ def phase_scale(images: list[_Float], units: str = "") -> PhaseScale:
     span = f"{low:.6g} to {high:.6g}"
     fills = [s for s in _SCALINGS if _fills(low, high, s)]
     if units == "rad":
-        # unwrapped phases go far beyond a turn, but are no whole numbers
-        if not (whole and high - low > 4 * np.pi):
+        # unwrapped phases go far beyond a turn, but neither to the ends of a scale nor in steps
+        if high - low <= 4 * np.pi or not (fills or whole):
             return PhaseScale(1.0, 0.0, "radians", assumed=False)
         if not fills:
             raise EngineError(
