@@ -63,13 +63,13 @@ def field_truth(field: np.ndarray, head: Head) -> Maps:
 
 
 def fibre_inputs(pools: Mapping[str, np.ndarray], head: Head) -> Maps:
-    """Return what diffusion could tell: one fibre in every voxel with myelin."""
-    myelin = pools["MWF"] > 0
+    """Return what diffusion could tell: one fibre in every voxel of the brain."""
+    everywhere = np.ones(head.inside.sum(), dtype=bool)
     angle = Parameter("theta", "rad", "Angle of the fibres to the static field")
     share = Parameter("ff", "1", "Share of the fibre among those of the voxel")
     water = Parameter("iwf", "1", "Intra-axonal share of the water outside of myelin")
     return (
-        (angle, true_map(pools["theta"], myelin, head)),
-        (share, true_map(np.ones_like(pools["theta"]), myelin, head)),
-        (water, true_map(pools["IWF"], myelin, head)),
+        (angle, true_map(pools["theta"], everywhere, head)),
+        (share, true_map(np.ones_like(pools["theta"]), everywhere, head)),
+        (water, true_map(pools["IWF"], everywhere, head)),
     )
