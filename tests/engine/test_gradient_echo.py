@@ -485,3 +485,145 @@ def test_the_increment_of_the_acquisition_comes_first():
     assert known.increment == 117
     params = draw(plain, 5, 15)
     assert float((known.signal(params) - plain.signal(params)).abs().max()) > 1e-3
+
+
+def test_the_surrogate_stands_in_for_the_simulation():
+    exact, near = make_model("mcrmwi"), make_model("mcrmwi", steady_state="surrogate")
+    assert exact.steady_state == "epgx"
+    params, inputs = draw(exact, 300, 16), draw_inputs(exact, 300, 17)
+    expected = exact.signal(params, inputs)
+    error = near.signal(params, inputs) - expected
+    assert float(error.norm() / expected.norm()) < 5e-4
+    assert float(error.abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"repetition_time": 0.012}, {}, "a TR of 25 to 85 ms, not 12"),
+        ({"flip_angle": [0.5] * 8 + [20] * 8}, {}, "flip angles of 1 to 110 degrees, not 0.5"),
+        ({"spoiling_increment": 84}, {}, "increments of 50, 117, 150 degrees .* not 84"),
+        ({}, {"t1_myelin": 0.7}, "a myelin T1 of 150 to 600 ms, not 700"),
+    ],
+)
+def test_protocols_the_surrogate_does_not_know_are_refused(columns, options, message):
+    given = {
+        "echo_time": np.tile(0.002 * np.arange(1, 9), 2),
+        "flip_angle": [5] * 8 + [20] * 8,
+        "repetition_time": 0.03,
+        "field_strength": 3,
+    }
+    scheme = GradientEchoScheme(**given | columns)
+    with pytest.raises(EngineError, match=message + ".* Set steady_state='epgx'"):
+        get_model("mcrmwi")(scheme, steady_state="surrogate", **options)
+    get_model("mcrmwi")(scheme, **options)  # simulated as it is
+
+
+def test_flip_angles_beyond_the_surrogate_make_a_voxel_unusable():
+    model = make_model("mcrmwi", steady_state="surrogate")
+    data = model.signal(draw(model, 3, 18)).numpy()
+    flags = fit(model, data, inputs={"b1": np.array([0.1, 1.0, 1.6])}).flags  # 0.5, 112 degrees
+    np.testing.assert_array_equal(flags & 4, [4, 0, 4])
+
+
+# --- what a fit finds --------------------------------------------------------------------------
+
+
+def tissue(model, n, seed):
+    """White matter of a digital brain."""
+    rng = np.random.default_rng(seed)
+    boxes = {
+        "S0": (0.8, 1.2),
+        "MWF": (0.05, 0.2),
+        "IWF": (0.5, 0.8),
+        "R1IEW": (0.7, 1.1),
+        "kIEWM": (1.0, 3.0),
+        "R2sMW": (70, 120),
+        "R2sIW": (11, 17),
+        "R2sEW": (17, 25),
+        "freqMW": (0, 0.1),
+        "freqIW": (-0.025, 0),
+        "dpini": (-0.1, 0.1),
+    }
+    return {
+        name: torch.tensor(rng.uniform(*boxes.get(name, (-0.03, 0.03)), n))
+        for name in model.parameter_names
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"signal": "magnitude"}, DIFFUSION])
+def test_mcrmwi_without_noise_is_found_from_one_start(options):
+    model = make_model("mcrmwi", **options)
+    params, inputs = tissue(model, 60, 19), draw_inputs(model, 60, 20)
+    data = model.signal(params, inputs).numpy()
+    found = fit(
+        model, data, inputs=inputs, precision="float64", options={"ftol": 0, "max_evaluations": 200}
+    )
+    # The share of voxels, as pools that differ by little are hardly told apart even without noise.
+    right = np.abs(found.maps["MWF"] - params["MWF"].numpy()) < 1e-3
+    assert right.mean() > 0.95
+    assert np.median(np.abs(found.maps["MWF"] - params["MWF"].numpy())) < 1e-5
+
+
+@pytest.mark.parametrize("prior", [None, "weak"])
+def test_mcrmwi_at_snr_150(prior):
+    """Bias of MWF, and standard deviations that are what they say."""
+    model = make_model("mcrmwi")
+    n = 200
+    params, inputs = tissue(model, n, 21), draw_inputs(model, n, 22)
+    first = np.hypot(*model.signal(params, inputs).numpy()[[0, 60]])
+    data = noisy(model, params, first / 150, 23, inputs)
+    found = fit(model, data, inputs=inputs, sigma=first / 150, prior=prior)
+    error = found.maps["MWF"] - params["MWF"].numpy()
+    assert abs(error.mean()) < 0.002
+    assert np.sqrt((error**2).mean()) < 0.009
+    assert 0.8 < np.nanmedian(np.abs(error / found.std["MWF"])) / 0.674 < 1.25
+    assert np.median(found.chi2) == pytest.approx(1, abs=0.05)
+    if prior:
+        assert (found.flags & 8 > 0).mean() < 0.02
+
+
+def test_mcrmwi_fits_no_worse_than_scipy():
+    model = make_model("mcrmwi")
+    n = 20
+    params, inputs = tissue(model, n, 24), draw_inputs(model, n, 25)
+    first = np.hypot(*model.signal(params, inputs).numpy()[[0, 60]])
+    data = noisy(model, params, first / 150, 26, inputs)
+    found = fit(model, data, inputs=inputs, options={"max_evaluations": 200, "ftol": 1e-8})
+    low, high = np.array([p.bounds for p in model.parameters]).T
+    scale = np.array([1.0 if p.amplitude else p.start[1] - p.start[0] for p in model.parameters])
+    for v in range(n):
+        b1 = {"b1": inputs["b1"][v : v + 1]}
+
+        def residual(x, v=v, b1=b1):
+            values = torch.tensor(x * scale)[:, None]
+            named = dict(zip(model.parameter_names, values, strict=True))
+            return model.signal(named, b1)[:, 0].numpy() - data[:, v]
+
+        def slopes(x, b1=b1):
+            values = torch.tensor(x * scale)[:, None]
+            named = dict(zip(model.parameter_names, values, strict=True))
+            return model.jacobian(named, b1)[1][:, :, 0].numpy().T * scale
+
+        start = {k: float(x[0]) for k, x in model.guess(torch.tensor(data[:, v : v + 1]), b1).items()}
+        begin = np.array([start.get(name, 1.0) for name in model.parameter_names])
+        begin = np.clip(begin, low + 1e-6, np.minimum(high, 1e6) - 1e-6)
+        theirs = scipy.optimize.least_squares(
+            residual, begin / scale, slopes, bounds=(low / scale, high / scale), max_nfev=200
+        )
+        ours = np.array([found.maps[name][v] for name in model.parameter_names])
+        excess = (residual(ours / scale) ** 2).sum() - 2 * theirs.cost
+        assert excess * (150 / float(first[v])) ** 2 < 0.05  # of chi^2: no step left to take
+
+
+def test_gremwi_at_snr_150_with_a_prior():
+    """One flip angle alone tells little of a voxel, so that a prior is needed."""
+    model = make_model("gremwi", **DIFFUSION)
+    n = 300
+    params, inputs = tissue(model, n, 27), draw_inputs(model, n, 28)
+    sd = params["S0"].numpy() / 150
+    found = fit(model, noisy(model, params, sd, 29, inputs), inputs=inputs, sigma=sd, prior="weak")
+    error = found.maps["MWF"] - params["MWF"].numpy()
+    assert abs(error.mean()) < 0.01
+    assert np.sqrt((error**2).mean()) < 0.03
+    assert (found.flags & 8 > 0).mean() < 0.02

@@ -56,6 +56,8 @@ _RELAXATION = (
 )
 
 
+# Flip angles that steady states with spoiling are computed for; at 180 degrees they have a pole.
+_SIMULATED_DEG = (1e-3, 175.0)
 # Slower decay takes more orders of the phase graph, and is not that of tissue.
 _LEAST_R2S = 1 / 0.15
 
@@ -79,9 +81,9 @@ class McrMwi(ThreePools):
     of flip angle and repetition time; with ``share_background=False`` each has its own dfreqBKG1,
     dfreqBKG2, ..., by flip angle.
 
-    ``steady_state`` says how m is found: "epgx" simulates spoiling by gradients and RF phase (with
-    the increment of the acquisition, or ``spoiling_increment`` in degrees where it is not known),
-    "surrogate" is a fast approximation of that within the range it was made for, and "ideal" is
+    ``steady_state`` says how m is found: "epgx", with spoiling by gradients and RF phase (with the
+    increment of the acquisition, or ``spoiling_increment`` in degrees where it is not known);
+    "surrogate", by a network in place of that, within the range it was trained for; or "ideal",
     the Bloch-McConnell steady state with no transverse magnetisation left before a pulse. For
     spoiling, T2 of myelin water is 15 ms, and that of the other water 1 / R2sIW.
 
@@ -115,12 +117,12 @@ class McrMwi(ThreePools):
     plausibility = ("first-echo", "r2star", "t1")
     options = ThreePools.SHARED_OPTIONS | {
         "exchange": True,
-        "steady_state": "surrogate",
+        "steady_state": "epgx",
         "t1_myelin": 0.234,
         "spoiling_increment": 50.0,
         "share_background": False,
     }
-    choices = ThreePools.choices | {"steady_state": ("surrogate", "epgx", "ideal")}
+    choices = ThreePools.choices | {"steady_state": ("epgx", "surrogate", "ideal")}
     starts = 1
     compile_from = 50_000
     voxel_inputs = ("b1",)
@@ -171,7 +173,14 @@ class McrMwi(ThreePools):
         self.increment = self._increment()
         least = torch.tensor([0.0, _LEAST_R2S, R2_MYELIN, 0.0, float(self.excitations[:, 1].min())])
         self._orders = int(truncation_order(*least.double()))
-        self.surrogate = self._find_surrogate() if self.steady_state == "surrogate" else None
+        self.surrogate = None
+        angles = _SIMULATED_DEG
+        if self.steady_state == "surrogate":
+            self.surrogate, angles = self._find_surrogate()
+        if self.steady_state != "ideal":
+            nominal = self.excitations[:, 0]
+            limits = (angles[0] / float(nominal.min()), angles[1] / float(nominal.max()))
+            self.input_limits = self.input_limits | {"b1": limits}
         self.shaping = ("MWF", "R1IEW", "kIEWM") if self.exchange else ("MWF", "R1IEW")
         if self.steady_state != "ideal":
             self.shaping += ("R2sIW",)
@@ -266,26 +275,23 @@ class McrMwi(ThreePools):
             "orders": self._orders,
         }
 
-    def _find_surrogate(self) -> Surrogate:
-        """Return the surrogate; flip angles beyond its range make a voxel unusable.
+    def _find_surrogate(self) -> tuple[Surrogate, tuple[float, float]]:
+        """Return the surrogate and the flip angles in degrees that it is for.
 
         Raises
         ------
         EngineError
             It was not made for this protocol.
         """
-        angles = self.excitations[:, 0]
-        for time in np.unique(self.excitations[:, 1]):
-            wrong = outside_range(time, np.deg2rad(angles), self.t1_myelin, self.increment)
-            if wrong:
+        angles = np.deg2rad(self.excitations[:, 0]).tolist()
+        for time in np.unique(self.excitations[:, 1]).tolist():
+            if wrong := outside_range(time, angles, self.t1_myelin, self.increment):
                 raise EngineError(
-                    f"{self.name}: {wrong} Set steady_state='epgx' to simulate the steady states "
-                    "directly, which takes longer."
+                    f"{self.name}: {wrong} Set steady_state='epgx', which computes the steady "
+                    "states of any protocol."
                 )
         low, high = model_card()["ranges"]["angle_deg"]
-        limits = (low / float(angles.min()), high / float(angles.max()))
-        self.input_limits = self.input_limits | {"b1": limits}
-        return Surrogate(self.increment)
+        return Surrogate(self.increment), (low, high)
 
     def _background(self, number: int) -> Parameter:
         angle, time = self.excitations[number]

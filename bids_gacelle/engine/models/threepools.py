@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -458,15 +458,29 @@ def sum_of_products(amplitudes: list[Tensor], units: list[Tensor]) -> Tensor:
 
 
 def _slopes(
-    function: Any, names: Any, values: tuple[Tensor, ...]
+    function: Callable[..., Tensor], names: Sequence[str], values: tuple[Tensor, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a function and its derivatives by the values of some names, in forward mode."""
-    found, by = None, {}
-    for i, name in enumerate(names):
-        tangents = [torch.zeros_like(v) for v in values]
-        tangents[i] = torch.ones_like(values[i])
-        found, by[name] = directional(function, values, tuple(tangents))
-    return function(*values) if found is None else found, by
+    """Return a function and its derivatives by its values, in forward mode.
+
+    Parameters
+    ----------
+    names
+        Of the values, for the derivatives; none: no derivatives are wanted.
+    values
+        (...) each.
+    """
+    if not names:
+        return function(*values), {}
+    # One call for all directions at once, so that the function itself is computed once.
+    directions = torch.eye(len(names), dtype=values[0].dtype, device=values[0].device)
+    tangents = tuple(
+        direction.reshape(-1, *[1] * values[0].ndim).expand(-1, *values[0].shape)
+        for direction in directions
+    )
+    found, slopes = torch.func.vmap(
+        lambda *along: directional(function, values, along), out_dims=(None, 0)
+    )(*tangents)
+    return found, dict(zip(names, slopes, strict=True))
 
 
 def _root(name: str) -> str:

@@ -12,7 +12,6 @@ gives its derivatives by the few numbers the recurrence is made of.
 
 from __future__ import annotations
 
-import cmath
 from typing import NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from bids_gacelle.engine.physics.epgx import (
     _Train,
     _train,
     _turned,
+    _unit,
 )
 from bids_gacelle.engine.physics.two_pools import ModeChange, Modes, exchange_mode_derivatives
 
@@ -189,7 +189,7 @@ def _line_with_slopes(train: _Train, orders: int) -> tuple[Symmetric, _Slopes]:
     root = train.decay[0].sqrt(), train.decay[2].sqrt()
     below: Matrix = one, nothing, nothing, one
     for k, (line, pulse, passed, echo) in enumerate(reversed(kept), 1):
-        turn = cmath.exp(0.5j * (2 * k - 1) * train.increment)
+        turn = _unit((k - 0.5) * train.increment)
         slow, fast = turn * root[0], turn * root[1]
         below = below[0] * slow, below[1] * fast, below[2] * slow, below[3] * fast
         for total, part in zip(rest, _of_pulse(train, pulse, _times(below, echo)), strict=True):
