@@ -87,6 +87,7 @@ def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> P
                 findings.update(dict.fromkeys(found))
         findings.update(dict.fromkeys(_unused_poison(context, subject, used)))
     findings.update(dict.fromkeys(_about_datasets(context, list(sessions))))
+    findings.update(dict.fromkeys(_unused_maps(needs, options)))
     datasets = {d.name: str(d.root) for d in (context.raw, *context.derivatives)}
     return Plan(tuple(jobs), tuple(findings), datasets)
 
@@ -95,7 +96,7 @@ def _check_voxel_maps(needs: Sequence[ModelNeeds], options: Options) -> None:
     """Refuse maps that no model can use."""
     for name in options.voxel_maps:
         if name not in FIBRE_MAPS and not any(n.takes(name) for n in needs):
-            have = dict.fromkeys(i for n in needs for i in (*n.voxel_inputs,))
+            have = dict.fromkeys(i for n in needs for i in (*n.voxel_inputs, *n.needed_inputs))
             raise InputError(
                 f"--voxel-map {name}: no model asked for has a voxel input {name}; there "
                 f"{'are ' + ', '.join(have) if have else 'is none'}."
@@ -449,6 +450,17 @@ def _about_datasets(context: Context, subjects: Sequence[str]) -> Iterator[Findi
             f"preprocessed dwi from there, give e.g. -d {there[0].name}={there[0]}."
         )
         yield Finding("info", message, file=str(folder))
+
+
+def _unused_maps(needs: Sequence[ModelNeeds], options: Options) -> Iterator[Finding]:
+    """Name maps of fibres that were given but are of no use with the options of the models."""
+    for name, template in options.voxel_maps.items():
+        if not any(n.takes(name) for n in needs):
+            message = (
+                f"--voxel-map {name}={template} is not used: no model asked for takes such a map "
+                "with the options it has (--set)."
+            )
+            yield Finding("warning", message, file=template)
 
 
 def _is_dataset(folder: Path) -> bool:

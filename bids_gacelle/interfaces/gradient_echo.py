@@ -24,9 +24,9 @@ def uses_phases(series: Series, settings: Settings) -> bool:
     return series.second is not None and "phase" not in settings.ignore
 
 
-def no_phases(series: Series) -> str:
+def no_phases(settings: Settings) -> str:
     """Why there are no complex images to fit."""
-    if series.second is not None:
+    if "phase" in settings.ignore:
         return "the phase is left out (--ignore phase)"
     return "there is no phase of every image (part-phase, or part-real and part-imag)"
 
@@ -77,7 +77,7 @@ def prepare_gradient_echo(
     }
     found = None
     if not uses_phases(series, settings):
-        prepared["complex_error"] = no_phases(series)
+        prepared["complex_error"] = no_phases(settings)
     else:
         phases = np.load(collected["phases"], mmap_mode="r")[:, mask]
         sign = -1j if settings.phase_sign == "negative" else 1j

@@ -161,7 +161,7 @@ def acquired(series: Series, settings: Settings) -> dict[str, Any]:
         scheme = {"scheme": scheme_to_json(gradient_echo_scheme(series))}
         if uses_phases(series, settings):
             return scheme | {"complex": scheme}
-        return scheme | {"complex_error": no_phases(series)}
+        return scheme | {"complex_error": no_phases(settings)}
     found = prepare_dwi(_dwi_volumes(series, None), 0, settings.b0_threshold)
     schemes: dict[str, Any] = {"scheme": scheme_to_json(found.scheme)}
     try:

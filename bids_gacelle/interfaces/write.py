@@ -21,7 +21,7 @@ from bids_gacelle.interfaces.base import Step
 from bids_gacelle.interfaces.collect import reference_image
 from bids_gacelle.interfaces.fit import FittedInputSpec, build_model, load_fit
 from bids_gacelle.interfaces.plots import ALL_VOXELS, decays, gradient_table, obtained_sd
-from bids_gacelle.interfaces.prepare import scheme_from_json
+from bids_gacelle.interfaces.prepare import fallback, scheme_from_json
 from bids_gacelle.interfaces.rois import scatter, tissue_voxels
 from bids_gacelle.interfaces.units import MapUnit, map_units
 from bids_gacelle.settings import Settings
@@ -216,7 +216,7 @@ class WriteManifest(Step):
             "schema": 1,
             **job,
             **self.inputs.written["manifest"],
-            **self._describe(series, model),
+            **self._describe(series, model, settings),
             **self._tissues(series, model, data),
             "outputs": outputs,
             "atlases": provenance.atlas_digests(series),
@@ -248,11 +248,12 @@ class WriteManifest(Step):
             found["gradients"] = gradient_table(scheme, prepared["directions"])
         return found
 
-    def _describe(self, series: Series, model: Any) -> dict[str, Any]:
+    def _describe(self, series: Series, model: Any, settings: Settings) -> dict[str, Any]:
         """The words of the manifest."""
         fitted, run = self.inputs.fitted, self.inputs.run
         inputs = provenance.listed_inputs(series, run["datasets"])
         note = fitted["settings"].get("note")
+        said = fallback(model.name, settings, self.inputs.prepared)
         return {
             "title": model.title,
             "description": model.description,
@@ -268,6 +269,7 @@ class WriteManifest(Step):
                 *self.inputs.collected["warnings"],
                 *self.inputs.prepared["warnings"],
                 *([note] if note else []),
+                *([said] if said else []),
                 *self.inputs.tables["problems"],
             ],
             "methods": provenance.methods_text(series, model, fitted, self.inputs.mask),

@@ -721,6 +721,16 @@ def test_voxel_maps_that_cannot_be(tree, found) -> None:
         found(voxel_maps={"theta": "/x.nii"})
 
 
+def test_fibre_maps_of_no_use_are_named(tree, other_tree, messages) -> None:
+    tree.megre(ANAT)
+    theta = other_tree.image("theta.nii.gz")
+    needs = [ModelNeeds("r2star", "megre")]
+    plan = discover(tree.root, needs, Options(voxel_maps={"theta": str(theta)}))
+    assert f"--voxel-map theta={theta} is not used: no model asked for takes such a map" in (
+        messages(plan, "warning")
+    )
+
+
 def test_maps_that_a_model_cannot_do_without(tree, other_tree, pick) -> None:
     tree.megre(ANAT)
     needs = [ModelNeeds("mine", "megre", needed_inputs=("theta1", "theta2", "iwf"))]

@@ -274,3 +274,42 @@ def test_myelin_water_informed_by_diffusion(root):
     assert ((flags & 5) == 0).all()
     assert np.isfinite(values(out, "desc-gremwi_MWFmap")[INSIDE]).all()
     assert not (out / "sub-01/anat/sub-01_model-gremwi_param-freqmw_anatmap.nii.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"SpoilingRFPhaseIncrement": 120}, "120"),
+        ({"SpoilingRFPhaseIncrement": 50, "RepetitionTimeExcitation": 2.0}, "2"),
+    ],
+)
+def test_a_protocol_out_of_the_range_of_the_surrogate_is_refused(root, told, words):
+    add_complex(root, "VFA", flip_angles(n=6), sidecar=told)
+    out = run(root, "--models", "mcrmwi", code=3)
+    [line] = [r for r in log_of(out).splitlines() if r.startswith("sub-01") and " mcrmwi " in r]
+    assert words in line
+    assert "Set steady_state='epgx' to simulate the steady states directly" in line
+
+
+def test_an_unknown_spoiling_increment_is_assumed_and_said(root):
+    add_complex(root, "VFA", flip_angles(angles=(10.0, 30.0, 60.0), n=8), snr=300)
+    out = run(root, "--models", "mcrmwi")
+    assert "no `SpoilingRFPhaseIncrement`" in log_of(out)
+    assert "mcrmwi takes 50 degrees" in log_of(out)
+    told = about(out, "desc-mcrmwi_MWFmap")
+    assert told["SpoilingRFPhaseIncrement"] == 50
+    assert told["SpoilingRFPhaseIncrementSource"] == "assumed (option of the model)"
+    flags = values(out, "desc-mcrmwifitflag_dseg").astype(int)[INSIDE]
+    assert (flags & 4 == 0).all()
+
+
+def test_magnitudes_stand_in_for_complex_signals_with_a_warning(root):
+    times = 0.002 + 0.003 * np.arange(12)
+    add_complex(root, "MEGRE", {(0.0, te): water(np.array(te), 0.12) for te in times}, phase="")
+    out = run(root, "--models", "gremwi")
+    said = "gremwi is fitted to the magnitudes, which tell less of it: there is no phase"
+    assert said in log_of(out)
+    manifest = json.loads((out / "sub-01/figures/sub-01_desc-gremwi_manifest.json").read_text())
+    assert any(said in warning for warning in manifest["warnings"])
+    assert not list(out.glob("sub-01/anat/*freqbkg*"))
+    assert np.isfinite(values(out, "desc-gremwi_MWFmap")[INSIDE]).all()
