@@ -134,7 +134,7 @@ class Scan:
         return images + self.sigma * (noise[0] + 1j * noise[1])
 
 
-def run_case(case, scan, device, scipy_voxels):
+def run_case(case, scan, options):
     """Fit both draws of one case, and describe what came out."""
     scheme = case.protocol.scheme([case.protocol.flip_angles[flip] for flip in case.flips])
     model = get_model(case.name)(scheme, **case.options)
@@ -147,13 +147,15 @@ def run_case(case, scan, device, scipy_voxels):
         data = demodulate(images, scheme).signals if complex_data else np.abs(images)
         demodulation.append(time.perf_counter() - began)
         arguments = {"sigma": scan.sigma, "prior": case.prior, "inputs": inputs}
-        results.append(fit(model, data, device=device, **arguments))
+        arguments |= {"device": options.device, "starts": options.starts}
+        results.append(fit(model, data, **arguments))
     settings = [result.settings for result in results]
     row = {
         "case": case.label,
         "voxels": data.shape[1],
         "measurements": data.shape[0],
         "parameters": len(model.parameter_names),
+        "starts": options.starts or model.starts,
         "device": settings[-1]["device"],
         "compiled": settings[-1]["compiled"],
         "seconds": [setting["seconds"] for setting in settings],
@@ -172,8 +174,8 @@ def run_case(case, scan, device, scipy_voxels):
             row["mwf_of_signal"] = accuracy(maps, scan.apparent, scan)
     if case.name == "r2star":
         return row
-    if scipy_voxels and case.prior is None:
-        row |= {"scipy": beside_scipy(model, data, results[-1], scan, case, scipy_voxels)}
+    if options.scipy_voxels and case.prior is None:
+        row["scipy"] = beside_scipy(model, data, results[-1], scan, case, options.scipy_voxels)
     return row
 
 
@@ -320,7 +322,8 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", default=["r2star", "gremwi", "mcrmwi"])
-    parser.add_argument("--steady-state", default="surrogate", help="of mcrmwi")
+    parser.add_argument("--steady-state", help="of mcrmwi, if not its default")
+    parser.add_argument("--starts", type=int, help="of all models, if not their defaults")
     parser.add_argument("--scipy-voxels", type=int, default=50)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -329,12 +332,12 @@ def main():
     for case in CASES:
         if case.name not in arguments.models:
             continue
-        if case.name == "mcrmwi":
+        if case.name == "mcrmwi" and arguments.steady_state:
             case = case._replace(options={"steady_state": arguments.steady_state})
         if case.protocol not in scans:
             scans[case.protocol] = Scan(head, case.protocol)
         scan = scans[case.protocol]
-        rows.append(run_case(case, scan, arguments.device, arguments.scipy_voxels))
+        rows.append(run_case(case, scan, arguments))
         rows[-1]["epgx_seconds"] = scan.simulated
         print(json.dumps(rows[-1]), flush=True)
     out = arguments.out or RESULTS / ("mwi.json" if arguments.device == "cpu" else "mwi_gpu.json")
