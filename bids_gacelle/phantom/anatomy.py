@@ -14,7 +14,6 @@ from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -126,6 +125,9 @@ def load_template() -> Template:
             "The digital brain needs the tissue maps that come with nilearn, which is not "
             "installed: run `pip install bids-gacelle[phantom]`."
         )
+    # Imported here so that signals can be simulated where only torch, numpy and scipy are.
+    import nibabel as nib
+
     folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
     images: list[nib.Nifti1Image] = []
     for tissue in ("gm", "wm", "t1"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,28 @@ from bids_gacelle import __version__
 from bids_gacelle.errors import InputError
 
 USAGE = 2
-MODELS = {"megre": ("r2star",), "vfa": ("despot1",), "dwi": ("mcmicro", "nexi")}
+MODELS = {
+    "megre": ("r2star",),
+    "vfa": ("despot1",),
+    "dwi": ("mcmicro", "nexi"),
+    "mwi": ("mcrmwi",),
+}
+DEFAULT = ("megre", "vfa", "dwi")
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Teller:
+    """Prints what is being done, now and then, so that a long run is seen to move."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, what: str) -> None:
+        """Print it if the last line is some seconds old."""
+        now = time.monotonic()
+        if now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            print(what, file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="white matter over noise in echo 1, the best flip angle and b=0; inf for none",
     )
     parser.add_argument(
-        "--contrasts", metavar="LIST", default=",".join(MODELS), help="any of them, with commas"
+        "--contrasts",
+        metavar="LIST",
+        default=",".join(DEFAULT),
+        help=f"some of {', '.join(MODELS)}, with commas",
     )
     parser.add_argument("--resolution", metavar="MM", type=float, default=4.0, help="voxel size")
     parser.add_argument("--seed", metavar="SEED", type=int, default=0, help="of all randomness")
@@ -43,6 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         default="nexi",
         help="nexi or mcmicro: what makes the diffusion signals",
+    )
+    parser.add_argument(
+        "--phase",
+        action="store_true",
+        help="write the multi-echo gradient echo (megre) as magnitude and phase; mwi always is",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier digital brain at OUT"
@@ -68,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             resolution=options.resolution,
             seed=options.seed,
             dwi_model=options.dwi_model,
+            phase=options.phase,
             overwrite=options.overwrite,
+            progress=Teller(),
         )
     except InputError as error:
         print(f"bids-gacelle-phantom: error: {error}", file=sys.stderr)

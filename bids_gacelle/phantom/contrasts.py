@@ -2,31 +2,33 @@
 
 Every contrast is made by one of the engine's own models from known parameters: `r2star` makes the
 multi-echo gradient echo, `despot1` the variable flip angles (and the steady state that the
-multi-echo gradient echo starts from), `nexi` or `mcmicro` the diffusion-weighted images.
+multi-echo gradient echo starts from), `nexi` or `mcmicro` the diffusion-weighted images. Myelin
+water alone is made by simulating what `mcrmwi` only approximates (`phantom.myelin`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from bids_gacelle.bids.series import Kind
-from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme, Parameter, get_model
-from bids_gacelle.phantom.anatomy import Anatomy, Label
+from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme, get_model
 from bids_gacelle.phantom.directions import directional_signal, spread_directions
 from bids_gacelle.phantom.fields import stream
-from bids_gacelle.phantom.tissue import fibre_direction, parameter_map, transmit_field
+from bids_gacelle.phantom.head import Head
+from bids_gacelle.phantom.myelin import MWI, Progress, echo, silent, steady_states, water_pools
+from bids_gacelle.phantom.truth import Maps, fibre_inputs, field_truth, myelin_truth, true_map
 
 GRE_SCALE, DWI_SCALE = 10_000.0, 1_000.0
 """Signal of pure water in the units of the images: a proton density, and a b=0 signal of white
 matter, of 1. White matter comes out near 1000 in the brightest image of every contrast."""
 
-TR_S = 0.038
-ECHO_TIMES_S = tuple(np.round(0.0022 + 0.00307 * np.arange(12), 5))
+TR_S = MWI.repetition_time
+ECHO_TIMES_S = MWI.echo_times
 MEGRE_FLIP = 20.0
 VFA_FLIPS = (5.0, 10.0, 20.0, 50.0)
 
@@ -36,7 +38,7 @@ SHELLS = {13.0: (1.0, 2.5, 4.0), 21.0: (1.0, 2.5, 4.0), 30.0: (1.0, 2.5, 4.0, 6.
 N_DIRECTIONS = 32
 
 SCANNER: dict[str, Any] = {
-    "MagneticFieldStrength": 3,
+    "MagneticFieldStrength": MWI.field_strength,
     "Manufacturer": "bids_gacelle",
     "ManufacturersModelName": "Digital brain",
 }
@@ -45,7 +47,7 @@ _GRE = SCANNER | {
     "MRAcquisitionType": "3D",
     "SpoilingState": True,
     "SpoilingType": "COMBINED",
-    "SpoilingRFPhaseIncrement": 50,
+    "SpoilingRFPhaseIncrement": MWI.spoiling_increment,
     "RepetitionTimeExcitation": TR_S,
 }
 
@@ -59,7 +61,7 @@ class Image:
     datatype, entities, suffix
         For its name; subject and session come from elsewhere.
     data
-        float32 (x, y, z[, volume]).
+        float32 (x, y, z[, volume]), or complex64, of which magnitude and phase are stored.
     metadata
         Its sidecar.
     gradients
@@ -92,63 +94,47 @@ class Contrast:
         brain and where the quantity has no meaning.
     brightness
         Mean of white matter in the brightest image; the noise is relative to it.
+    entities
+        Entities of its images that maps keep.
+    inputs
+        Maps that models can take as voxel inputs, as `truth`.
+    parcels
+        Whether the parcels of white matter are part of its truth.
     """
 
     model: str
     kind: Kind
     images: Iterable[Image] = field(repr=False)
-    truth: tuple[tuple[Parameter, np.ndarray], ...]
+    truth: Maps
     brightness: float
+    entities: Mapping[str, str] = field(default_factory=dict)
+    inputs: Maps = ()
+    parcels: bool = False
 
 
-@dataclass(frozen=True)
-class Head:
-    """One subject in one session: the anatomy and what its parameters depend on."""
+def megre(head: Head, *, phase: bool = False) -> Contrast:
+    """Make the multi-echo gradient echo: twelve echoes of a spoiled steady state.
 
-    anatomy: Anatomy
-    subject: int
-    session: int
-    seed: int
-
-    @property
-    def inside(self) -> np.ndarray:
-        """Voxels with a signal, bool (x, y, z)."""
-        return self.anatomy.labels > 0
-
-    def parameter(self, quantity: str) -> np.ndarray:
-        """Return a parameter of `tissue.QUANTITIES` in the voxels inside, float64 (voxels,)."""
-        ids = {"subject": self.subject, "session": self.session, "seed": self.seed}
-        return parameter_map(quantity, self.anatomy, **ids)[self.inside]
-
-    def transmit(self) -> np.ndarray:
-        """Return the relative B1+, float64 (x, y, z)."""
-        ids = {"subject": self.subject, "session": self.session, "seed": self.seed}
-        return transmit_field(self.anatomy, **ids)
-
-    def volume(self, values: np.ndarray) -> np.ndarray:
-        """Return values (..., voxels) of the voxels inside as float32 (x, y, z, ...)."""
-        out = np.zeros((*self.inside.shape, *values.shape[:-1]), dtype=np.float32)
-        out[self.inside] = np.moveaxis(values, -1, 0)
-        return out
-
-    def white_matter(self, values: np.ndarray) -> float:
-        """Return the mean over white matter of values (voxels,)."""
-        return float(values[self.anatomy.labels[self.inside] == Label.WHITE_MATTER].mean())
-
-
-def megre(head: Head) -> Contrast:
-    """Make the multi-echo gradient echo: twelve echoes of a spoiled steady state."""
+    With `phase` they are complex, their phase being that of the static field and the coils.
+    """
     scheme = GradientEchoScheme(flip_angle=[MEGRE_FLIP, MEGRE_FLIP], repetition_time=TR_S)
     steady = _signal("despot1", scheme, _relaxation(head), b1=head.transmit()[head.inside])[0]
     values = {"S0": steady, "R2star": head.parameter("R2star")}
     signal = _signal("r2star", GradientEchoScheme(echo_time=ECHO_TIMES_S), values)
+    turned = signal
+    if phase:
+        radian_per_s = 2 * np.pi * MWI.hertz_per_ppm * head.field(1)
+        times = np.array(ECHO_TIMES_S)[:, None]
+        turned = signal * np.exp(1j * (head.initial_phase() + radian_per_s * times))
 
     def images() -> Iterator[Image]:
-        for number, (echo_time, echo) in enumerate(zip(ECHO_TIMES_S, signal, strict=True), 1):
-            sidecar = _GRE | {"EchoTime": echo_time, "FlipAngle": MEGRE_FLIP}
-            yield Image("anat", {"echo": str(number)}, "MEGRE", head.volume(echo), sidecar)
+        for number, (time, image) in enumerate(zip(ECHO_TIMES_S, turned, strict=True), 1):
+            sidecar = _GRE | {"EchoTime": time, "FlipAngle": MEGRE_FLIP}
+            yield Image("anat", {"echo": str(number)}, "MEGRE", head.volume(image), sidecar)
 
     truth = _truth("r2star", GradientEchoScheme(echo_time=ECHO_TIMES_S), values, head)
+    if phase:
+        truth += field_truth(head.field(1), head)
     return Contrast("r2star", "megre", images(), truth, head.white_matter(signal[0]))
 
 
@@ -162,16 +148,44 @@ def vfa(head: Head) -> Contrast:
         for number, (flip, image) in enumerate(zip(VFA_FLIPS, signal, strict=True), 1):
             sidecar = _GRE | {"EchoTime": ECHO_TIMES_S[0], "FlipAngle": flip}
             yield Image("anat", {"flip": str(number)}, "VFA", head.volume(image), sidecar)
-        sidecar = SCANNER | {
-            "Units": "%",
-            "Description": "Transmit field, 100 = nominal flip angle",
-        }
-        percent = (100 * b1).astype(np.float32)
-        yield Image("fmap", {}, "TB1map", percent, sidecar, noisy=False)
+        yield _transmit_map(head)
 
     truth = _truth("despot1", scheme, values, head)
     brightest = max(head.white_matter(image) for image in signal)
     return Contrast("despot1", "vfa", images(), truth, brightest)
+
+
+def mwi(head: Head, progress: Progress = silent) -> Contrast:
+    """Make complex multi-echo gradient echoes at several flip angles, with myelin water."""
+    entities = {"acq": "mwi"}
+    pools, field, start = water_pools(head), head.field(len(MWI.flip_angles)), head.initial_phase()
+    pools["S0"] *= GRE_SCALE
+    steady = steady_states(pools, head.transmit()[head.inside], MWI, progress)
+
+    def signal(flip: int, time: float) -> np.ndarray:
+        phase = start + 2 * np.pi * MWI.hertz_per_ppm * field[flip] * time
+        return echo(pools, (steady[0][flip], steady[1][flip]), time, phase, MWI)
+
+    def images() -> Iterator[Image]:
+        for flip, angle in enumerate(MWI.flip_angles):
+            for number, time in enumerate(MWI.echo_times, 1):
+                sidecar = _GRE | {"EchoTime": time, "FlipAngle": angle}
+                names = entities | {"flip": str(flip + 1), "echo": str(number)}
+                yield Image("anat", names, "VFA", head.volume(signal(flip, time)), sidecar)
+        yield _transmit_map(head)
+
+    first = MWI.echo_times[0]
+    brightest = max(
+        head.white_matter(np.abs(signal(flip, first))) for flip in range(len(MWI.flip_angles))
+    )
+    truth, inputs = myelin_truth(pools, field, head), fibre_inputs(pools, head)
+    return Contrast("mcrmwi", "vfa", images(), truth, brightest, entities, inputs, parcels=True)
+
+
+def _transmit_map(head: Head) -> Image:
+    sidecar = SCANNER | {"Units": "%", "Description": "Transmit field, 100 = nominal flip angle"}
+    percent = (100 * head.transmit()).astype(np.float32)
+    return Image("fmap", {}, "TB1map", percent, sidecar, noisy=False)
 
 
 def dwi(head: Head, model: str = "nexi") -> Contrast:
@@ -182,7 +196,7 @@ def dwi(head: Head, model: str = "nexi") -> Contrast:
     scheme = diffusion_scheme()
     signals = _signal(model, scheme, values, **options)
     s0, s2 = signals[: len(scheme)], signals[len(scheme) :] if options else None
-    fibres = fibre_direction(head.anatomy, subject=head.subject, seed=head.seed)[head.inside]
+    fibres = head.fibres()
 
     def images() -> Iterator[Image]:
         for big_delta in SHELLS:
@@ -214,50 +228,81 @@ def _shells() -> list[tuple[float, float]]:
     return [(big_delta, b) for big_delta, shells in SHELLS.items() for b in shells]
 
 
-CONTRASTS: dict[str, Callable[[Head], Contrast]] = {"megre": megre, "vfa": vfa, "dwi": dwi}
-"""Name on the command line -> what makes it."""
+DEFAULT_CONTRASTS = ("megre", "vfa", "dwi")
+CONTRASTS = (*DEFAULT_CONTRASTS, "mwi")
+"""Names on the command line; mwi, of 120 images a session, only on request."""
 DWI_MODELS = {"nexi": ("fn", "dn", "de", "tex", "p2"), "mcmicro": ("fn", "d")}
 """Models that can make the diffusion signals, and their parameters."""
 
 
-def make_contrast(name: str, head: Head, dwi_model: str = "nexi") -> Contrast:
-    """Make the contrast of that name, a key of `CONTRASTS`."""
-    return dwi(head, dwi_model) if name == "dwi" else CONTRASTS[name](head)
+def make_contrast(
+    name: str,
+    head: Head,
+    *,
+    dwi_model: str = "nexi",
+    phase: bool = False,
+    progress: Progress = silent,
+) -> Contrast:
+    """Make the contrast of that name, one of `CONTRASTS`."""
+    if name == "dwi":
+        return dwi(head, dwi_model)
+    if name == "mwi":
+        return mwi(head, progress)
+    return megre(head, phase=phase) if name == "megre" else vfa(head)
 
 
-def add_noise(image: Image, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Return the magnitude of the image with complex Gaussian noise (Rician), as it is stored.
+def measure(image: Image, sigma: float, rng: np.random.Generator) -> Iterator[Image]:
+    """Yield the image as a scanner stores it: with noise, and in parts if it is complex.
 
-    Whole numbers, as scanners store them, where rounding adds less than 1 % to the variance of
-    the noise (sigma of 3 or more); floating point otherwise, so that an image without noise is
-    exact.
+    Magnitudes with noise (Rician) are whole numbers where rounding adds less than 1 % to the
+    variance of the noise (sigma of 3 or more), floating point otherwise, so that an image without
+    noise is exact. Phases are in radian.
 
     Parameters
     ----------
     image
-        What to add it to; a map stays as it is.
+        What to measure; a map stays as it is.
     sigma
         Standard deviation of real and imaginary part, in units of the image; 0 for none.
     rng
         Where the noise comes from.
 
-    Returns
-    -------
-    np.ndarray
-        Shape of the image; int16 or float32.
+    Yields
+    ------
+    Image
+        The magnitude, int16 or float32, and of a complex image the phase, float32.
     """
-    if not image.noisy or sigma == 0:
-        return image.data
-    shape = image.data.shape
-    magnitude = rng.standard_normal(shape, dtype=np.float32)
-    magnitude *= sigma
-    magnitude += image.data
-    imaginary = rng.standard_normal(shape, dtype=np.float32)
-    imaginary *= sigma
-    np.hypot(magnitude, imaginary, out=magnitude)
-    if sigma < 3 or magnitude.max() > np.iinfo(np.int16).max:
-        return magnitude
-    return np.rint(magnitude).astype(np.int16)
+    if not image.noisy:
+        yield image
+        return
+    parted = np.iscomplexobj(image.data)
+    real, imaginary = (image.data.real, image.data.imag) if parted else (image.data, 0.0)
+    if sigma > 0:
+        real, imaginary = (
+            _noisy(part, image.data.shape, sigma, rng) for part in (real, imaginary)
+        )
+    magnitude = np.hypot(real, imaginary)
+    whole = sigma >= 3 and magnitude.max() <= np.iinfo(np.int16).max
+    stored = np.rint(magnitude).astype(np.int16) if whole else magnitude
+    if not parted:
+        yield replace(image, data=stored)
+        return
+    yield replace(image, data=stored, entities={**image.entities, "part": "mag"})
+    yield replace(
+        image,
+        data=np.arctan2(imaginary, real),
+        entities={**image.entities, "part": "phase"},
+        metadata={**image.metadata, "Units": "rad"},
+    )
+
+
+def _noisy(
+    values: np.ndarray | float, shape: tuple[int, ...], sigma: float, rng: np.random.Generator
+) -> np.ndarray:
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    noise *= sigma
+    noise += values
+    return noise
 
 
 def _relaxation(head: Head) -> dict[str, np.ndarray]:
@@ -285,21 +330,18 @@ def _truth(
     values: Mapping[str, np.ndarray],
     head: Head,
     **options: Any,
-) -> tuple[tuple[Parameter, np.ndarray], ...]:
+) -> Maps:
     """Return maps of all parameters and derived quantities of the model."""
     model = get_model(name)(scheme, **options)
     params = {key: torch.from_numpy(value) for key, value in values.items()}
     known = {key: value.numpy() for key, value in (params | model.derive(params)).items()}
-    brain = head.anatomy.brain[head.inside]
+    everywhere = np.ones(head.inside.sum(), dtype=bool)
     # Where there are no neurites, nothing but the diffusivity around them means anything.
-    neurites = values["fn"] > 0 if name == "nexi" else brain
-    maps = []
-    for parameter in (*model.parameters, *model.derived):
-        meaningful = brain if parameter.name in ("fn", "de") else brain & neurites
-        volume = np.full(head.inside.shape, np.nan)
-        volume[head.inside] = np.where(meaningful, known[parameter.name], np.nan)
-        maps.append((parameter, volume))
-    return tuple(maps)
+    neurites = values["fn"] > 0 if name == "nexi" else everywhere
+    return tuple(
+        (p, true_map(known[p.name], everywhere if p.name in ("fn", "de") else neurites, head))
+        for p in (*model.parameters, *model.derived)
+    )
 
 
 def gradient_table(big_delta: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,11 @@
 """What the tissues of the digital brain are made of: parameter values at 3 T, and their maps.
 
 Typical in vivo values: R2* and T1 at 3 T (Peters et al. 2007, doi:10.1016/j.mri.2007.02.014;
-Wansapura et al. 1999, doi:10.1002/(SICI)1522-2586(199904)9:4<531::AID-JMRI4>3.0.CO;2-L), exchange
-model (Jelescu et al. 2022, doi:10.1016/j.neuroimage.2022.119277; Olesen et al. 2022,
-doi:10.1016/j.neuroimage.2022.118976), spherical mean technique (Kaden et al. 2016,
-doi:10.1016/j.neuroimage.2016.06.002).
+Wansapura et al. 1999, doi:10.1002/(SICI)1522-2586(199904)9:4<531::AID-JMRI4>3.0.CO;2-L), myelin
+water (Nam et al. 2015, doi:10.1016/j.neuroimage.2015.03.081; Chan and Marques 2020,
+doi:10.1016/j.neuroimage.2020.117159), exchange model (Jelescu et al. 2022,
+doi:10.1016/j.neuroimage.2022.119277; Olesen et al. 2022, doi:10.1016/j.neuroimage.2022.118976),
+spherical mean technique (Kaden et al. 2016, doi:10.1016/j.neuroimage.2016.06.002).
 """
 
 from __future__ import annotations
@@ -15,6 +16,17 @@ import numpy as np
 
 from bids_gacelle.phantom.anatomy import Anatomy, Label
 from bids_gacelle.phantom.fields import smooth_field, stream
+
+POOLS = {
+    "MWF": 0.08,
+    "IWF": 0.05,
+    "R1IEW": 0.05,
+    "kIEWM": 0.10,
+    "R2sMW": 0.08,
+    "R2sIW": 0.06,
+    "R2sEW": 0.06,
+}
+"""Relative standard deviation of each quantity of the water pools within a tissue."""
 
 QUANTITIES = {
     "M0": 0.04,
@@ -28,10 +40,11 @@ QUANTITIES = {
     "nexi.p2": 0.10,
     "mcmicro.fn": 0.08,
     "mcmicro.d": 0.05,
+    **{f"mwi.{name}": spread for name, spread in POOLS.items()},
 }
 """Relative standard deviation of each quantity within a tissue. M0 is the proton density relative
-to water, b0 the signal without diffusion weighting relative to white matter; T1 in s, R2star in
-1/s, diffusivities in um^2/ms, tex in ms."""
+to water, b0 the signal without diffusion weighting relative to white matter; T1 in s, R2star and
+the rates of the water pools (mwi) in 1/s, diffusivities in um^2/ms, tex in ms."""
 
 _BETWEEN_SUBJECTS = 0.02
 _FLUID_SPREAD = 0.015  # fluid is much the same everywhere and in everyone
@@ -71,7 +84,22 @@ MEANS = {
     Label.PALLIDUM: (0.75, 1.05, 43.0, 0.70, 0.48, 2.3, 0.85, 40.0, 0.4, 0.47, 1.85),
     Label.SCALP: (0.60, 0.40, 25.0, 0.15, 0.10, 2.0, 0.80, 30.0, 0.0, 0.10, 1.00),
 }
-"""Mean of every quantity, in the order of `QUANTITIES`; fluid has no neurites."""
+"""Mean of every quantity but those of the pools, in the order of `QUANTITIES`; fluid has no
+neurites."""
+
+POOL_MEANS = {
+    Label.CSF: (0.00, 0.00, 0.25, 0.0, 100.0, 2.5, 2.5),
+    Label.CORTEX: (0.03, 0.50, 0.72, 2.0, 95.0, 16.0, 19.0),
+    Label.WHITE_MATTER: (0.12, 0.60, 1.00, 2.0, 100.0, 15.6, 21.0),
+    Label.CEREBELLUM: (0.03, 0.50, 0.75, 2.0, 95.0, 17.0, 20.0),
+    Label.THALAMUS: (0.032, 0.50, 0.85, 2.0, 100.0, 21.0, 26.0),
+    Label.CAUDATE: (0.027, 0.50, 0.80, 2.0, 105.0, 24.0, 29.0),
+    Label.PUTAMEN: (0.028, 0.50, 0.83, 2.0, 105.0, 26.0, 32.0),
+    Label.PALLIDUM: (0.032, 0.50, 0.92, 2.0, 110.0, 33.0, 39.0),
+    Label.SCALP: (0.00, 0.00, 2.50, 0.0, 100.0, 25.0, 25.0),
+}
+"""Mean of the quantities of the water pools, in their order; neither fluid nor fat has myelin, and
+white matter has the myelin water of its parcel instead."""
 
 
 def parameter_map(
@@ -102,7 +130,7 @@ def parameter_map(
     scatter[Label.CSF] = 0
     mean = np.zeros(max(Label) + 1)
     for label, means in MEANS.items():
-        mean[label] = means[column] * (1 + scatter[label])
+        mean[label] = (means + POOL_MEANS[label])[column] * (1 + scatter[label])
     own = smooth_field(anatomy.mni, stream(seed, subject, quantity))
     today = smooth_field(anatomy.mni, stream(seed, subject, session, quantity))
     field = np.sqrt(1 - _SESSION_SHARE**2) * own + _SESSION_SHARE * today

@@ -51,3 +51,16 @@ def mcmicro(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The first of them again, diffusion from the other model."""
     options = {"contrasts": ("dwi",), "dwi_model": "mcmicro", "snr": float("inf")}
     return _write(tmp_path_factory, "mcmicro", subjects=1, **options)
+
+
+@pytest.fixture(scope="session")
+def myelin(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The first of them again: complex gradient echoes with myelin water, without noise."""
+    options = {"contrasts": ("mwi",), "snr": float("inf")}
+    return _write(tmp_path_factory, "myelin", subjects=1, **options)
+
+
+@pytest.fixture(scope="session")
+def myelin_noisy(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same with noise."""
+    return _write(tmp_path_factory, "noisymyelin", subjects=1, contrasts=("mwi",), snr=150.0)
