@@ -143,7 +143,8 @@ class LmStep:
     """One Levenberg-Marquardt step of all lanes, a pure function of tensors.
 
     Everything but the model works on one (lanes,) tensor per number, without joining them: a
-    compiler then keeps all numbers of a lane in registers.
+    compiler then keeps all numbers of a lane in registers. Only what takes as many operations as a
+    matrix has entries is done on joined tensors where nothing is compiled.
     """
 
     def __init__(self, kernel: Kernel, settings: LmSettings) -> None:
@@ -296,8 +297,15 @@ class _Symmetric:
         pairs = packed(self.n)
         return _Symmetric([diagonal[i] if i == j else self[i, j] for i, j in pairs])
 
+    def joined(self) -> Tensor:
+        """Return the matrix as one tensor (n, n, lanes)."""
+        order = range(self.n)
+        return torch.stack([self[i, j] for i in order for j in order]).unflatten(0, (self.n, -1))
+
     def times(self, vector: list[Tensor]) -> list[Tensor]:
         """Return the product with a vector."""
+        if not torch.compiler.is_compiling():
+            return list((self.joined() * torch.stack(vector)).sum(1))
         return [sum_of([self[i, j] * v for j, v in enumerate(vector)]) for i in range(self.n)]
 
 
@@ -329,6 +337,8 @@ def _solve(matrix: _Symmetric, rhs: list[Tensor], free: list[Tensor]) -> list[Te
     The matrix is symmetric and positive, so no pivoting is needed; unrolled over the unknowns and
     elementwise over lanes this is several times faster than a batched library call.
     """
+    if not torch.compiler.is_compiling():
+        return _solve_joined(matrix, rhs, free)
     n = len(rhs)
     mask = [f.to(r.dtype) for f, r in zip(free, rhs, strict=True)]
     tiny = torch.finfo(rhs[0].dtype).tiny * 1e6
@@ -349,6 +359,24 @@ def _solve(matrix: _Symmetric, rhs: list[Tensor], free: list[Tensor]) -> list[Te
             total = total - rows[i][j - i] * solution[j]
         solution[i] = total * inverse[i] * mask[i]
     return solution
+
+
+def _solve_joined(matrix: _Symmetric, rhs: list[Tensor], free: list[Tensor]) -> list[Tensor]:
+    """Solve a system as `_solve` does, by a few operations for every unknown."""
+    mask = torch.stack(free).to(rhs[0].dtype)
+    tiny = torch.finfo(mask.dtype).tiny * 1e6
+    rows, right = matrix.joined() * (mask[:, None] * mask), torch.stack(rhs) * mask
+    inverse = []
+    for i, is_free in enumerate(free):
+        inverse.append(1 / torch.where(is_free & (rows[i, i] > tiny), rows[i, i], 1.0))
+        after = rows[i, i + 1 :]
+        factor = after * inverse[i]
+        rows[i + 1 :, i + 1 :] -= factor[:, None] * after
+        right[i + 1 :] -= factor * right[i]
+    for i in reversed(range(len(free))):
+        right[i] -= (rows[i, i + 1 :] * right[i + 1 :]).sum(0)
+        right[i] *= inverse[i] * mask[i]
+    return list(right)
 
 
 LM = Solver(solve, LmSettings)
