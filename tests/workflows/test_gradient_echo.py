@@ -303,10 +303,10 @@ def test_myelin_water_informed_by_diffusion(root):
 )
 def test_a_protocol_out_of_the_range_of_the_surrogate_is_refused(root, told, words):
     add_complex(root, "VFA", flip_angles(n=6), sidecar=told)
-    out = run(root, "--models", "mcrmwi", code=3)
+    out = run(root, "--models", "mcrmwi", "--set", "mcrmwi.steady_state=surrogate", code=3)
     [line] = [r for r in log_of(out).splitlines() if r.startswith("sub-01") and " mcrmwi " in r]
     assert words in line
-    assert "Set steady_state='epgx' to simulate the steady states directly" in line
+    assert "Set steady_state='epgx', which computes the steady states of any protocol" in line
 
 
 def test_an_unknown_spoiling_increment_is_assumed_and_said(root):
