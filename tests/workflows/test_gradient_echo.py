@@ -15,6 +15,7 @@ from tests.datasets import (
     SHAPE,
     add_b1_map,
     add_complex,
+    add_dwi,
     add_megre,
     add_segmentation,
     new_dataset,
@@ -154,6 +155,18 @@ def test_voxels_of_a_given_mask_without_signal_are_unusable(root):
     assert flags[3, 3, 2] == 4
     assert (flags[~INSIDE] == 1).all()
     assert (flags[INSIDE] == 0).sum() == INSIDE.sum() - 1
+
+
+def test_voxels_of_a_given_mask_without_a_b0_signal_are_unusable(root):
+    path = add_dwi(root)
+    data = nib.load(path).get_fdata()
+    data[3, 3, 2, :2] = 0
+    write_image(path, data)
+    out = run(root, "--models", "mcmicro")
+    image = nib.load(out / "sub-01/dwi/sub-01_desc-mcmicrofitflag_dseg.nii.gz")
+    flags = np.asarray(image.dataobj)
+    assert flags[3, 3, 2] == 4
+    assert (flags[INSIDE] & 5 == 0).sum() == INSIDE.sum() - 1
 
 
 def test_implausible_voxels_are_flagged_and_keep_their_estimates(root):
