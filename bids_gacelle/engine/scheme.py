@@ -156,7 +156,7 @@ class GradientEchoScheme(_Scheme):
     Raises
     ------
     EngineError
-        A value is not positive (spoiling_increment: negative) or not finite, or the lengths differ.
+        A value is not positive (spoiling_increment: negative) or not finite, or lengths differ.
     """
 
     _names = ("echo_time", "flip_angle", "repetition_time", "field_strength", "spoiling_increment")

@@ -67,9 +67,7 @@ def make_model(name, **options):
             flip_angle=[6.0] * 8 + [21.0] * 6,
             repetition_time=[0.024] * 8 + [0.018] * 6,
         ),
-        "gremwi": GradientEchoScheme(
-            echo_time=1.5e-3 + 2.9e-3 * np.arange(15), field_strength=3
-        ),
+        "gremwi": GradientEchoScheme(echo_time=1.5e-3 + 2.9e-3 * np.arange(15), field_strength=3),
         "mcrmwi": flip_angles(MCR_ECHOES, MCR_FLIPS, repetition_time=0.038, field_strength=3),
         "despot1": GradientEchoScheme(flip_angle=[3, 8, 14, 20, 28], repetition_time=0.02),
         "mcmicro": DiffusionScheme(b=[0.3, 0.7, 1.0, 2.0, 3.0, 5.0]),

@@ -140,9 +140,7 @@ def test_despot1_takes_the_first_echoes():
 
 def test_hollow_cylinder_reference(shared):
     ref = read(shared, "hcfm")
-    g, theta, volume = (
-        torch.tensor(ref[k], dtype=torch.float64) for k in ("g", "theta", "fvf")
-    )
+    g, theta, volume = (torch.tensor(ref[k], dtype=torch.float64) for k in ("g", "theta", "fvf"))
     share, sin2, field = 1 - g**2, torch.sin(theta) ** 2, GAMMA * ref["constants"]["B0"]
     myelin, axon = hollow_cylinder.frequencies(share, sin2)
     np.testing.assert_allclose(myelin * field, ref["freq_myelin_Hz"], atol=1e-12)
@@ -197,7 +195,9 @@ def gremwi_scheme(ref):
     return GradientEchoScheme(echo_time=ref["protocol"]["te_s"], field_strength=3)
 
 
-@pytest.mark.parametrize(("kind", "key"), [("complex", "signals"), ("magnitude", "signals_magnitude")])
+@pytest.mark.parametrize(
+    ("kind", "key"), [("complex", "signals"), ("magnitude", "signals_magnitude")]
+)
 def test_gremwi_reference(shared, kind, key):
     ref = read(shared, "gremwi")
     model = get_model("gremwi")(gremwi_scheme(ref), signal=kind)
@@ -259,9 +259,7 @@ def test_every_diffusion_switch_acts_alone():
         assert model.needed_inputs(model.chosen) == (needed,) == model.voxel_inputs
         own = dict(params)
         inputs = {"theta1": torch.full((10,), 1.2, dtype=torch.float64)}
-        share = hollow_cylinder.myelin_share(
-            (1 - own["MWF"]) * own["IWF"], own["MWF"] / model.rho
-        )
+        share = hollow_cylinder.myelin_share((1 - own["MWF"]) * own["IWF"], own["MWF"] / model.rho)
         myelin, axon = hollow_cylinder.frequencies(share, torch.sin(inputs["theta1"]) ** 2)
         # what the switch derives, written into the model that fits it
         own |= {"freqMW": {"freqMW": myelin}, "freqIW": {"freqIW": axon}}.get(name, {})
@@ -477,7 +475,9 @@ def test_the_increment_of_the_acquisition_comes_first():
     scheme = make_model("mcrmwi", steady_state="epgx").scheme
     plain = get_model("mcrmwi")(scheme, steady_state="epgx")
     assert plain.increment == 50
-    assert get_model("mcrmwi")(scheme, steady_state="epgx", spoiling_increment=117.0).increment == 117
+    assert (
+        get_model("mcrmwi")(scheme, steady_state="epgx", spoiling_increment=117.0).increment == 117
+    )
     own = {k: v for k, v in scheme.columns().items() if v is not None}
     known = get_model("mcrmwi")(
         GradientEchoScheme(**own, spoiling_increment=117), steady_state="epgx"
@@ -557,7 +557,11 @@ def test_mcrmwi_without_noise_is_found_from_one_start(options):
     params, inputs = tissue(model, 60, 19), draw_inputs(model, 60, 20)
     data = model.signal(params, inputs).numpy()
     found = fit(
-        model, data, inputs=inputs, precision="float64", options={"ftol": 0, "max_evaluations": 200}
+        model,
+        data,
+        inputs=inputs,
+        precision="float64",
+        options={"ftol": 0, "max_evaluations": 200},
     )
     # The share of voxels, as pools that differ by little are hardly told apart even without noise.
     right = np.abs(found.maps["MWF"] - params["MWF"].numpy()) < 1e-3
@@ -605,7 +609,9 @@ def test_mcrmwi_fits_no_worse_than_scipy():
             named = dict(zip(model.parameter_names, values, strict=True))
             return model.jacobian(named, b1)[1][:, :, 0].numpy().T * scale
 
-        start = {k: float(x[0]) for k, x in model.guess(torch.tensor(data[:, v : v + 1]), b1).items()}
+        start = {
+            k: float(x[0]) for k, x in model.guess(torch.tensor(data[:, v : v + 1]), b1).items()
+        }
         begin = np.array([start.get(name, 1.0) for name in model.parameter_names])
         begin = np.clip(begin, low + 1e-6, np.minimum(high, 1e6) - 1e-6)
         theirs = scipy.optimize.least_squares(

@@ -16,7 +16,6 @@ from bids_gacelle.engine.models.gradient_echo import excitations
 from bids_gacelle.engine.physics.steady_state import rational_fit, spgr
 from bids_gacelle.engine.scheme import GradientEchoScheme, Scheme
 
-
 # Echo times that differ by less are one.
 _SAME_ECHO_S = 1e-5
 
@@ -128,7 +127,7 @@ class Despot1(SignalModel):
 
     @classmethod
     def wanted(cls, scheme: Scheme, options: Mapping[str, Any]) -> NDArray[np.bool_] | None:
-        """Tell the first echoes: of images with one flip angle and repetition time the earliest."""
+        """Tell the first echoes, of each flip angle and repetition time."""
         assert isinstance(scheme, GradientEchoScheme)
         if scheme.echo_time is None:
             return None

@@ -28,8 +28,8 @@ class DiffusionModel(SignalModel):
 
     kind: ClassVar[Literal["megre", "vfa", "dwi"]] = "dwi"
     datatype: ClassVar[Literal["anat", "dwi"]] = "dwi"
-    voxel_inputs: ClassVar[tuple[str, ...]] = ("bscale",)
-    input_defaults: ClassVar[dict[str, float]] = {"bscale": 1.0}
+    voxel_inputs: tuple[str, ...] = ("bscale",)
+    input_defaults: dict[str, float] = {"bscale": 1.0}  # noqa: RUF012
     scheme: DiffusionScheme
 
     def b(self, inputs: Inputs | None, like: Tensor) -> Tensor:

@@ -59,6 +59,11 @@ class GradientEchoModel(SignalModel):
             )
         self.excitation, self.excitations = excitations(scheme)
         self._numbers = range(len(self.excitations))
+        # Made here, as a compiler had better find no arithmetic of numpy in a signal.
+        self._angles, self._times = np.deg2rad(self.excitations[:, 0]), self.excitations[:, 1]
+        self._images_of = [(self.excitation == number).astype(float) for number in self._numbers]
+        if scheme.echo_time is not None and scheme.field_strength is not None:
+            self._radians = radians_per_ppm(scheme.echo_time, scheme.field_strength)
 
     @property
     def n_measurements(self) -> int:
@@ -72,19 +77,16 @@ class GradientEchoModel(SignalModel):
 
     def radians(self, like: Tensor) -> Tensor:
         """Return the phase that a frequency of 1 ppm has in each image in rad, (images, 1...)."""
-        assert self.scheme.echo_time is not None
-        assert self.scheme.field_strength is not None
-        values = radians_per_ppm(self.scheme.echo_time, self.scheme.field_strength)
-        return self.table("radians", values, like)
+        return self.table("radians", self._radians, like)
 
     def flip_angle(self, inputs: Inputs | None, like: Tensor) -> Tensor:
         """Return the actual flip angle of each excitation in radian, (excitations, ...)."""
-        nominal = self.table("flip_angle", np.deg2rad(self.excitations[:, 0]), like)
+        nominal = self.table("flip_angle", self._angles, like)
         return nominal * self.voxel_input("b1", inputs, like)
 
     def repetition_time(self, like: Tensor) -> Tensor:
         """Return the repetition time of each excitation in s, (excitations, 1...)."""
-        return self.table("repetition_time", self.excitations[:, 1], like)
+        return self.table("repetition_time", self._times, like)
 
     def per_image(self, values: Tensor) -> Tensor:
         """Return values of excitations, (excitations or 1, ...), for each of their images."""

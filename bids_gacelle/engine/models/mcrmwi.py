@@ -171,7 +171,9 @@ class McrMwi(ThreePools):
         if not 0 < self.t1_myelin < float("inf"):
             raise EngineError(f"t1_myelin must be a time in s above 0, got {self.t1_myelin}.")
         self.increment = self._increment()
-        least = torch.tensor([0.0, _LEAST_R2S, R2_MYELIN, 0.0, float(self.excitations[:, 1].min())])
+        least = torch.tensor(
+            [0.0, _LEAST_R2S, R2_MYELIN, 0.0, float(self.excitations[:, 1].min())]
+        )
         self._orders = int(truncation_order(*least.double()))
         self.surrogate = None
         angles = _SIMULATED_DEG
@@ -207,8 +209,7 @@ class McrMwi(ThreePools):
                 _from_polar(found.myelin, found.myelin_phase),
             ]
         else:
-            spoiling = self._spoiling(params)
-            states = [_parts(m) for m in spoiled_steady_state(**pools, **spoiling)]
+            states = [_parts(m) for m in spoiled_steady_state(**pools, **self._spoiling(params))]
         free, myelin = states
         return torch.stack((self.rho * volume * myelin, volume * free))
 
@@ -238,7 +239,7 @@ class McrMwi(ThreePools):
         return {"T1IEW": 1 / params["R1IEW"]} | super().derive(params)
 
     def guess(self, data: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
-        """Return a start around the R2* that all flip angles have in common, and their single R1."""
+        """Return a start around the R2* and R1 that one pool would have."""
         magnitude = torch.hypot(*data.unflatten(0, (2, -1))) if self.is_complex else data
         rate, at_zero = self.decay(magnitude)
         like = data[0]
@@ -251,11 +252,11 @@ class McrMwi(ThreePools):
 
     def _pools(
         self, params: dict[str, Tensor], inputs: Inputs | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Return the volume that the water of unit S0 fills, and what its two pools are."""
         mwf, r1 = params["MWF"], params["R1IEW"]
         volume = 1 - mwf + mwf / self.rho
-        pools = {
+        pools: dict[str, Any] = {
             "fraction": mwf / (self.rho * volume),
             "r1_free": r1,
             "r1_myelin": torch.full_like(r1, 1 / self.t1_myelin),

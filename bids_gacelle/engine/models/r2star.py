@@ -27,8 +27,8 @@ class R2Star(GradientEchoModel):
     title = "Effective transverse relaxation"
     description = (
         "The signal of every voxel over the echo times of a multi-echo gradient-echo scan was "
-        "fitted with a mono-exponential decay, S(TE) = S0 exp(-TE R2*), in the signal domain; that "
-        "of complex images together with a frequency and an initial phase."
+        "fitted with a mono-exponential decay, S(TE) = S0 exp(-TE R2*), in the signal domain; "
+        "complex images together with a frequency and an initial phase."
     )
     references = (
         Reference(
@@ -52,7 +52,7 @@ class R2Star(GradientEchoModel):
         "white matter": {"R2star": 18.8},
         "putamen": {"R2star": 31.7},
     }
-    parameters = (
+    parameters: tuple[Parameter, ...] = (
         Parameter(
             "S0",
             "arbitrary",

@@ -155,7 +155,7 @@ class ThreePools(GradientEchoModel):
         "rho": MYELIN_WATER_DENSITY,
     }
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"signal": ("complex", "magnitude")}
-    input_limits = {"iwf": (0.0, 1.0)} | {  # noqa: RUF012
+    input_limits = {"iwf": (0.0, 1.0)} | {
         f"{name}{n}": (0.0, float("inf")) for name in ("theta", "ff") for n in range(1, 10)
     }
     shaping: tuple[str, ...] = ("MWF",)
@@ -298,8 +298,8 @@ class ThreePools(GradientEchoModel):
         if len(names) == 1:
             return {names[0]: torch.ones_like(self.echo_time(like))}
         return {
-            name: self.table(name, (self.excitation == e).astype(float), like)
-            for e, name in enumerate(names)
+            name: self.table(name, images, like)
+            for name, images in zip(names, self._images_of, strict=True)
         }
 
     def _iwf(self, params: dict[str, Tensor], inputs: Inputs | None) -> Tensor:
@@ -322,7 +322,9 @@ class ThreePools(GradientEchoModel):
         values = tuple(params[name] for name in self.shaping)
 
         def state(*values: Tensor) -> Tensor:
-            return self.magnetisation(params | dict(zip(self.shaping, values, strict=True)), inputs)
+            return self.magnetisation(
+                params | dict(zip(self.shaping, values, strict=True)), inputs
+            )
 
         return _slopes(state, self.shaping, values)
 
@@ -343,13 +345,11 @@ class ThreePools(GradientEchoModel):
 
         found, by = _slopes(cylinders, shaping if slopes else [], values)
         units = [torch.zeros(())] * 3
-        by_units = {name: units for name in by}
+        by_units = dict.fromkeys(by, units)
         for n, weight in enumerate(self._weights(params, inputs)):
             myelin, axon, rate, volume = found[n]
             exponent, steepness = self._dephasing(rate, volume)
-            fibre = [
-                weight * unit for unit in self._fibre_units(params, myelin, axon, exponent)
-            ]
+            fibre = [weight * unit for unit in self._fibre_units(params, myelin, axon, exponent)]
             units = [total + unit for total, unit in zip(units, fibre, strict=True)]
             for name, slope in by.items():
                 change = self._fibre_slopes(fibre, slope[n], volume, exponent, steepness)
@@ -478,7 +478,8 @@ def _slopes(
         for direction in directions
     )
     found, slopes = torch.func.vmap(
-        lambda *along: directional(function, values, along), out_dims=(None, 0)
+        lambda *along: directional(function, values, along),
+        out_dims=(None, 0),  # type: ignore[arg-type]
     )(*tangents)
     return found, dict(zip(names, slopes, strict=True))
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 GYROMAGNETIC_RATIO = 42.57747892
 """Of protons over 2 pi, in MHz/T: a frequency of 1 ppm is this many Hz in a field of 1 T."""
 
 
-def radians_per_ppm(echo_time: Tensor, field_strength: Tensor) -> Tensor:
+def radians_per_ppm(
+    echo_time: NDArray[np.float64], field_strength: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Return 2 pi gamma B0 TE: the phase that 1 ppm has grown to at an echo time.
 
     Parameters
