@@ -82,7 +82,7 @@ def test_an_interrupted_fit_stays_interrupted(monkeypatch):
             subject, label = "01", "megre"
 
     class Settings:
-        omp_nthreads = 1
+        omp_nthreads, noise = 1, "gaussian"
 
     node = module.FitModel.__new__(module.FitModel)
     node.inputs = Inputs

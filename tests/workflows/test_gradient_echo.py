@@ -15,6 +15,7 @@ from tests.datasets import (
     SHAPE,
     add_b1_map,
     add_complex,
+    add_dwi,
     add_megre,
     add_segmentation,
     new_dataset,
@@ -154,6 +155,18 @@ def test_voxels_of_a_given_mask_without_signal_are_unusable(root):
     assert flags[3, 3, 2] == 4
     assert (flags[~INSIDE] == 1).all()
     assert (flags[INSIDE] == 0).sum() == INSIDE.sum() - 1
+
+
+def test_voxels_of_a_given_mask_without_a_b0_signal_are_unusable(root):
+    path = add_dwi(root)
+    data = nib.load(path).get_fdata()
+    data[3, 3, 2, :2] = 0
+    write_image(path, data)
+    out = run(root, "--models", "mcmicro")
+    image = nib.load(out / "sub-01/dwi/sub-01_desc-mcmicrofitflag_dseg.nii.gz")
+    flags = np.asarray(image.dataobj)
+    assert flags[3, 3, 2] == 4
+    assert (flags[INSIDE] & 5 == 0).sum() == INSIDE.sum() - 1
 
 
 def test_implausible_voxels_are_flagged_and_keep_their_estimates(root):
@@ -303,10 +316,10 @@ def test_myelin_water_informed_by_diffusion(root):
 )
 def test_a_protocol_out_of_the_range_of_the_surrogate_is_refused(root, told, words):
     add_complex(root, "VFA", flip_angles(n=6), sidecar=told)
-    out = run(root, "--models", "mcrmwi", code=3)
+    out = run(root, "--models", "mcrmwi", "--set", "mcrmwi.steady_state=surrogate", code=3)
     [line] = [r for r in log_of(out).splitlines() if r.startswith("sub-01") and " mcrmwi " in r]
     assert words in line
-    assert "Set steady_state='epgx' to simulate the steady states directly" in line
+    assert "Set steady_state='epgx', which computes the steady states of any protocol" in line
 
 
 def test_an_unknown_spoiling_increment_is_assumed_and_said(root):

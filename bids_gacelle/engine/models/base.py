@@ -245,11 +245,6 @@ class SignalModel(ABC):
                 raise EngineError(f"{name} must be {wanted_value}, got {value}.")
 
     @classmethod
-    def needed_inputs(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the voxel inputs that a model with these options cannot do without."""
-        return ()
-
-    @classmethod
     def wants_echo_decay(cls, options: Mapping[str, Any]) -> bool:
         """Tell whether a model with these options fits how dwi signals decay with echo time.
 

@@ -298,8 +298,8 @@ class ThreePools(GradientEchoModel):
         if len(names) == 1:
             return {names[0]: torch.ones_like(self.echo_time(like))}
         return {
-            name: self.table(name, images, like)
-            for name, images in zip(names, self._images_of, strict=True)
+            name: self.table(name, self._images_of[number], like)
+            for number, name in enumerate(names)
         }
 
     def _iwf(self, params: dict[str, Tensor], inputs: Inputs | None) -> Tensor:
