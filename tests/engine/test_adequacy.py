@@ -18,6 +18,8 @@ from bids_gacelle.engine import (
 
 from .helpers import ALL_MODELS, Line, Square, even_directions, make_model, noisy
 
+NUISANCES = {"dfreqBKG", "dpini"}  # of the scan, not of the tissue
+
 
 def by_name(found, tissue=None):
     return {e.parameter: e for e in found if tissue in (None, e.tissue)}
@@ -91,7 +93,8 @@ def test_a_fit_of_typical_tissue_reports_what_was_expected(name, options):
         shared = {"scale_group": np.zeros(model.n_measurements, int)}
     sigma = 2e-3 * np.linspace(1, 2, model.n_measurements)
     found = expected_sd(model, sigma, **shared, **({"scale_sigma": [0.002]} if shared else {}))
-    if options.get("fit_r2a"):  # with k2a: only a prior tells the two apart
+    # With k2a only a prior tells the two apart; so it is with three pools of magnitudes.
+    if options.get("fit_r2a") or (name == "gremwi" and options.get("signal") == "magnitude"):
         assert {e.verdict for e in found} == {adequacy.UNDETERMINED}
         return
     tissues = list(dict.fromkeys(e.tissue for e in found))
@@ -105,7 +108,12 @@ def test_a_fit_of_typical_tissue_reports_what_was_expected(name, options):
         model.signal({k: v.double() for k, v in params.items()}).numpy(),
         sigma=np.repeat(sigma[:, None], voxels, 1),
         precision="float64",
-        starts=8,
+        # The best start of the last ones, whose water in and around axons might change places.
+        starts=1 if "R2sMW" in params else 8,
+        options={"ftol": 1e-12, "xtol": 1e-9, "max_evaluations": 300},
+        inputs={
+            k: np.full(voxels, model.input_defaults[k]) for k in model.needed_inputs(model.chosen)
+        },
         **shared,
         **({"scale_sigma": np.full((1, voxels), 0.002)} if shared else {}),
     )
@@ -113,8 +121,10 @@ def test_a_fit_of_typical_tissue_reports_what_was_expected(name, options):
         for e in by_name(found, tissue).values():
             amplitude = [p.name for p in model.parameters if p.amplitude]
             scale = result.maps[e.parameter][i] if e.parameter in amplitude else 1
-            assert result.maps[e.parameter][i] == pytest.approx(e.value, rel=2e-3)
-            assert result.std[e.parameter][i] / scale == pytest.approx(e.sd, rel=5e-3), e
+            assert result.maps[e.parameter][i] == pytest.approx(
+                e.value, rel=2e-3, abs=1e-3 * np.nan_to_num(e.sd)
+            )
+            assert result.std[e.parameter][i] / scale == pytest.approx(e.sd, rel=1e-2), e
 
 
 def test_fits_of_mcmicro_spread_as_expected():
@@ -234,8 +244,9 @@ def test_every_declared_tissue_lies_inside_the_bounds():
     for name in dict(ALL_MODELS):
         model = make_model(name)
         for tissue in model.tissues.values():
-            assert set(model.parameter_names) - {"S0", "M0"} <= set(tissue)
-            for p in model.parameters:
+            named = [p for p in model.parameters if p.name.rstrip("12345") not in NUISANCES]
+            assert {p.name for p in named if not p.amplitude} <= set(tissue)
+            for p in named:
                 assert p.amplitude or p.bounds[0] < tissue[p.name] < p.bounds[1]
 
 

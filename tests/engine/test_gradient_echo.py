@@ -414,8 +414,9 @@ def test_mcrmwi_reference_with_spoiling(shared, monkeypatch, name):
     assert float((signal - expected).norm() / expected.norm()) < 1e-3
 
 
-def test_derivatives_of_simulated_steady_states():
-    model = make_model("mcrmwi", steady_state="epgx")
+@pytest.mark.parametrize("steady_state", ["epgx", "surrogate"])
+def test_derivatives_of_steady_states_with_spoiling(steady_state):
+    model = make_model("mcrmwi", steady_state=steady_state)
     params, inputs = draw(model, 12, 12), draw_inputs(model, 12, 13)
     signal, jacobian = model.jacobian(params, inputs)
     forward_signal, forward = SignalModel.jacobian(model, params, inputs)

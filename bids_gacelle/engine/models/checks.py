@@ -124,7 +124,11 @@ def probe_scheme(cls: type[SignalModel]) -> Scheme:
         wanted = cls.wanted(scheme, {})
         return scheme if wanted is None else scheme.take(wanted)
     return GradientEchoScheme(
-        echo_time=0.04 * ramp, flip_angle=30 * ramp, repetition_time=0.03 + 0.01 * ramp
+        echo_time=0.04 * ramp,
+        flip_angle=30 * ramp,
+        repetition_time=0.03 + 0.01 * ramp,
+        field_strength=3.0,
+        spoiling_increment=50.0,
     )
 
 
