@@ -1,5 +1,7 @@
 """Models of gradient echoes against numbers of another program, and against code of their own."""
 
+import shutil
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -412,6 +414,23 @@ def test_mcrmwi_reference_with_spoiling(shared, monkeypatch, name):
     signal = model.signal(params, inputs)
     assert float((signal - expected).abs().max()) < 5e-4
     assert float((signal - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "options"), [("gremwi", DIFFUSION), ("mcrmwi", {"steady_state": "ideal"})]
+)
+def test_compiled_jacobians_are_the_eager_ones(name, options):
+    model = make_model(name, **options)
+    params = {k: v.float() for k, v in draw(model, 64, 30).items()}
+    inputs = {k: v.float() for k, v in draw_inputs(model, 64, 31).items()}
+    with torch.no_grad():
+        model.signal(params, inputs)  # fills the tables
+        eager = model.jacobian(params, inputs)
+        compiled = torch.compile(model.jacobian, dynamic=False, fullgraph=True)(params, inputs)
+    for found, expected in zip(compiled, eager, strict=True):
+        assert float((found - expected).abs().max() / expected.abs().max()) < 2e-6
 
 
 @pytest.mark.parametrize("steady_state", ["epgx", "surrogate"])

@@ -114,7 +114,7 @@ TIMES = tuple(
     )
 )
 
-# In the corpus callosum at 3 T, about as the demonstrations of Chan and Marques have it.
+# Customary starting values of white matter at 3 T, no measurement of one tissue.
 WHITE_MATTER = {
     "MWF": 0.12,
     "IWF": 0.6,
