@@ -22,6 +22,7 @@ CHOICES = {
     "loss": ("l2", "l1", "huber"),
     "prior": ("weak",),
     "precision": ("float32", "float64"),
+    "phase_sign": ("positive", "negative"),
 }
 """What settings of a few fixed values can be (None where a setting may be left out)."""
 
@@ -30,7 +31,8 @@ CHOICES = {
 class Settings:
     """The effective options of one run, named as on the command line.
 
-    Times of diffusion gradients are in ms, memory in GB. An empty tuple, an empty dict or None
+    Times of diffusion gradients are in ms, the field strength in T, the increment of the spoiling
+    phase in degrees, memory in GB. An empty tuple, an empty dict or None
     means "not given".
     """
 
@@ -56,8 +58,13 @@ class Settings:
     big_delta: float | None = None
     timing_file: Path | None = None
     scheme_file: Path | None = None
+    field_strength: float | None = None
+    spoiling_increment: float | None = None
+    voxel_map: dict[str, str] = field(default_factory=dict)
+    """Voxel input of a model -> path, in which {subject} and {session} stand for labels."""
     write_scheme: bool = False
     b0_threshold: float = 100.0
+    phase_sign: str = "positive"
     assume_ms: tuple[str, ...] = ()
     solver: str = "lm"
     noise: str = "gaussian"

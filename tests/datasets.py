@@ -63,6 +63,38 @@ def add_vfa(
         write_json(root / f"sub-{subject}/anat/{stem}.json", sidecar)
 
 
+def add_contrasts(
+    root: Path,
+    suffix: str = "MPM",
+    subject: str = "01",
+    t1: float = 1.0,
+    echoes: tuple[int, int, int] = (3, 5, 4),
+) -> None:
+    """MT-, PD- and T1-weighted echoes without noise, of one T1 (s) and R2* of 25 1/s."""
+    repetition_time, folder = 0.025, root / f"sub-{subject}/anat"
+    decay = np.exp(-repetition_time / t1)
+    contrasts = zip(("MTw", "PDw", "T1w"), (1, 1, 2), (6, 6, 21), echoes, strict=True)
+    for acq, flip, degrees, count in contrasts:
+        angle, mt = np.deg2rad(degrees), acq == "MTw"
+        first = (
+            1e4 * np.sin(angle) * (1 - decay) / (1 - decay * np.cos(angle)) * (0.7 if mt else 1)
+        )
+        for echo in range(1, count + 1):
+            time = 0.004 * echo - 0.002
+            state = "on" if mt else "off"
+            stem = f"sub-{subject}_acq-{acq}_echo-{echo}_flip-{flip}_mt-{state}_{suffix}"
+            signal = np.full(SHAPE, first * np.exp(-time * R2STAR))
+            write_image(folder / f"{stem}.nii.gz", signal)
+            sidecar = {
+                "EchoTime": time,
+                "FlipAngle": degrees,
+                "RepetitionTimeExcitation": repetition_time,
+                "MTState": mt,
+                "MagneticFieldStrength": 3,
+            }
+            write_json(folder / f"{stem}.json", sidecar)
+
+
 def add_b1_map(root: Path, b1: np.ndarray, subject: str = "01") -> None:
     """A relative B1 map; 0 where there is none."""
     path = root / f"sub-{subject}/fmap/sub-{subject}_TB1map.nii.gz"
@@ -104,3 +136,59 @@ def add_segmentation(root: Path, subject: str = "01", name: str = "tiny") -> tup
     table = root / f"sub-{subject}_desc-{name}_dseg.tsv"
     table.write_text("index\tname\n1\tLeft-Front\n2\tRight-Back\n9\tNowhere\n")
     return image, table
+
+
+def water(te: np.ndarray, mwf: float, level: np.ndarray | float = 1.0) -> np.ndarray:
+    """Three pools of water at 3 T (Nam et al. 2015, eq. 1), complex; one value per echo time.
+
+    ``level`` are the magnetisations of myelin and of other water, by default 1.
+    """
+    ppm = 2j * np.pi * 42.57747892 * 3 * te
+    myelin, other = np.broadcast_to(level, (2,))
+    axon, extra = 0.6 * (1 - mwf) * other, 0.4 * (1 - mwf) * other
+    return (
+        myelin * mwf * np.exp(-te * 100 + ppm * 0.06)
+        + axon * np.exp(-te * 16 - ppm * 0.01)
+        + extra * np.exp(-te * 22)
+    )
+
+
+def add_complex(
+    root: Path,
+    suffix: str,
+    images: dict[tuple[float, float], complex],
+    *,
+    subject: str = "01",
+    snr: float = 1000.0,
+    phase: str = "phase",
+    sidecar: dict | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Complex images of a uniform block in a field that varies over it; returns the field in Hz.
+
+    ``images`` are signals by flip angle (degrees, 0: none) and echo time (s); ``phase`` is the
+    part to write beside magnitudes ("phase", "" for none) or "real" for real and imaginary parts.
+    """
+    random = np.random.default_rng(seed)
+    field = 60 * np.linspace(-1, 1, SHAPE[0])[:, None, None] * np.ones(SHAPE)
+    inside = np.zeros(SHAPE, bool)
+    inside[1:-1, 1:-1, :] = True
+    echoes, flips = (sorted({k[i] for k in images}) for i in (1, 0))
+    for (flip, te), signal in images.items():
+        turned = 1000 * signal * np.exp(2j * np.pi * field * te + 0.7j) * inside
+        noise = random.normal(0, 1000 / snr, (2, *SHAPE))
+        turned = turned + noise[0] + 1j * noise[1]
+        parts = {"mag": np.abs(turned)} | ({"phase": np.angle(turned)} if phase == "phase" else {})
+        if phase == "real":
+            parts = {"real": turned.real, "imag": turned.imag}
+        entities = f"echo-{echoes.index(te) + 1}_" * (len(echoes) > 1)
+        entities += f"flip-{flips.index(flip) + 1}_" * (flip > 0)
+        about = {"EchoTime": te, "MagneticFieldStrength": 3}
+        if flip:
+            about |= {"FlipAngle": flip, "RepetitionTimeExcitation": 0.05}
+        for part, values in parts.items():
+            stem = root / f"sub-{subject}/anat/sub-{subject}_{entities}part-{part}_{suffix}"
+            write_image(Path(f"{stem}.nii.gz"), values)
+            units = {"Units": "rad"} if part == "phase" else {}
+            write_json(Path(f"{stem}.json"), about | units | (sidecar or {}))
+    return field

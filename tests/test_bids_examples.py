@@ -12,16 +12,19 @@ from bids_gacelle.cli.main import main
 ELIGIBLE = {
     "qmri_megre": {("01", "", "r2star")},
     "qmri_vfa": {("01", "", "despot1")},
-    "qmri_mpm": set(),
+    "qmri_mpm": {("01", "", "r2star"), ("01", "", "despot1")},
     "qmri_qsm": set(),
     "qmri_tb1tfl": set(),
     "ds114": set(),
     "dwi_deriv": set(),
     "ds000001-fmriprep": set(),
 }
-EMPTY_IMAGE = {"qmri_megre": "sub-01_echo-01_MEGRE.nii.gz", "qmri_vfa": "sub-01_flip-1_VFA.nii.gz"}
+EMPTY_IMAGE = {
+    "qmri_megre": "sub-01_echo-01_MEGRE.nii.gz",
+    "qmri_mpm": "sub-01_acq-PDw_echo-1_flip-1_mt-off_MPM.nii",
+    "qmri_vfa": "sub-01_flip-1_VFA.nii.gz",
+}
 WHY_NOT = {
-    "qmri_mpm": "MPM images",
     "qmri_qsm": "no MEGRE images",
     "qmri_tb1tfl": "no VFA images",
     "ds114": "at least 2 different shells",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -62,6 +63,25 @@ def test_r2star_agrees_with_scipy(megre, shared):
     assert np.quantile(apart, 0.95) < 1e-2
 
 
+def test_complex_r2star_is_that_of_the_magnitudes_where_the_signal_is_high(
+    megre, shared, tmp_path
+):
+    """Phases of a real scan, in rad; the field is that of the phase difference of two echoes."""
+    words = ("--models", "r2star", "--set", "r2star.signal=complex")
+    out = run(shared / "data/megre_brain_romeo", tmp_path / "out", *words)
+    both = [values(folder / "sub-01/anat/sub-01_R2starmap.nii.gz") for folder in (megre, out)]
+    source = shared / "data/megre_brain_romeo/sub-01/anat"
+    first = values(source / "sub-01_echo-1_part-mag_MEGRE.nii.gz")
+    strong = np.isfinite(both).all(axis=0) & (first > np.quantile(first, 0.5))
+    assert 20 < np.median(both[1][strong]) < 45  # the scan decays fast, see its README
+    assert np.corrcoef(both[0][strong], both[1][strong])[0, 1] > 0.999
+    assert np.median(np.abs(both[0] - both[1])[strong]) < 0.1
+    field = values(out / "sub-01/anat/sub-01_model-r2star_param-freqbkg_anatmap.nii.gz")
+    phases = [values(source / f"sub-01_echo-{i}_part-phase_MEGRE.nii.gz") for i in (1, 2)]
+    turn = np.exp(1j * (phases[1] - phases[0] - 2 * np.pi * 0.004 * field))
+    assert np.median(np.abs(np.angle(turn[strong]))) < 0.05
+
+
 def test_megre_report_and_record(megre):
     page = (megre / "sub-01.html").read_text()
     assert "R2star" in page
@@ -106,6 +126,35 @@ def test_nonlinear_despot1_is_close_to_it(shared, tmp_path):
     vials = (flags == 0) & (data[1] > 50)
     assert abs(np.median(ours[vials]) / np.median(exact[vials]) - 1) < 0.015
     assert np.median(np.abs(ours[vials] / exact[vials] - 1)) < 0.015
+
+
+def test_despot1_with_a_b1_map(shared, tmp_path):
+    """R1 is that of the closed form at the flip angles that the map says."""
+    source = tmp_path / "data"
+    shutil.copytree(shared / "data/vfa_phantom_sepal", source)
+    image = nib.load(source / "sub-phantom/anat/sub-phantom_flip-1_VFA.nii.gz")
+    shape = [n // 4 for n in image.shape]
+    b1 = 100 * np.linspace(0.8, 1.2, shape[0])[:, None, None] * np.ones(shape)
+    coarse = image.affine @ np.diag([*np.array(image.shape) / shape, 1])
+    fmap = source / "sub-phantom/fmap"
+    fmap.mkdir()
+    nib.save(nib.Nifti1Image(b1.astype(np.float32), coarse), fmap / "sub-phantom_TB1map.nii.gz")
+    (fmap / "sub-phantom_TB1map.json").write_text(json.dumps({"Units": "percent"}))
+    mask = source / "derivatives/masks/sub-phantom/anat/sub-phantom_desc-slab_mask.nii.gz"
+    out = run(
+        source, tmp_path / "out", "--models", "despot1", "--mask", mask, "--solver", "linear"
+    )
+    ours = values(out / "sub-phantom/anat/sub-phantom_T1map.nii.gz")
+    flags = values(out / "sub-phantom/anat/sub-phantom_desc-despot1fitflag_dseg.nii.gz")
+    _, plain = closed_form_t1(shared)
+    # small angles: T1 is that without the map over b1^2
+    column = np.arange(ours.shape[0]) / (ours.shape[0] / shape[0])
+    known = np.interp(column, np.arange(shape[0]), b1[:, 0, 0] / 100)[:, None, None]
+    ratio = ours * known**2 / plain
+    usable = flags == 0
+    assert usable.sum() > 20_000
+    assert abs(np.median(ratio[usable]) - 1) < 0.02
+    assert np.median(np.abs(ratio[usable] - 1)) < 0.03
 
 
 def dwi(shared, out, *words):

@@ -21,6 +21,9 @@ FULL = Settings(
     noise_map=Path("/noise.nii.gz"),
     gradient_deviation=Path("/grad_dev.nii.gz"),
     scheme_file=Path("/protocol.scheme"),
+    field_strength=7.0,
+    spoiling_increment=117.0,
+    voxel_map={"theta": "/maps/{subject}.nii.gz"},
     write_scheme=True,
     dataset_link={"raw": "doi:10.1/x"},
 )

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from bids_gacelle.bids.discovery import Options, discover
-from bids_gacelle.bids.images import review_series
+from bids_gacelle.bids.images import absent_images, review_series
 from bids_gacelle.bids.queries import load_filter_file
-from bids_gacelle.bids.series import Job, Plan, Series
+from bids_gacelle.bids.series import Finding, Job, Plan, Series
 from bids_gacelle.interfaces.adequacy import suited_jobs
 from bids_gacelle.interfaces.models import check_options, needs_of, select_models
 from bids_gacelle.settings import Settings
@@ -47,6 +47,9 @@ def make_plan(settings: Settings) -> Plan:
         big_delta_ms=settings.big_delta,
         timing_file=settings.timing_file,
         scheme_file=settings.scheme_file,
+        field_strength=settings.field_strength,
+        spoiling_increment=settings.spoiling_increment,
+        voxel_maps=settings.voxel_map,
         b0_threshold=settings.b0_threshold,
         assume_ms=settings.assume_ms,
         database_dir=settings.bids_database_dir,
@@ -61,14 +64,22 @@ def make_plan(settings: Settings) -> Plan:
     return replace(plan, jobs=suited, findings=(*plan.findings, *findings))
 
 
-def check_plan(plan: Plan) -> Plan:
-    """The plan after a look at the headers of all images; jobs with bad images drop out."""
+def check_plan(plan: Plan, *, wait_for_files: bool = False) -> Plan:
+    """The plan after a look at the headers of all images; jobs with bad images drop out.
+
+    With ``wait_for_files`` those whose images are there by name only stay in it: a dry run may
+    come before the data, as in a clone of a DataLad dataset.
+    """
     reviewed: dict[str, tuple[Series, str]] = {}
     jobs, findings = [], list(plan.findings)
     for job in plan.jobs:
         key = series_key(job.series)
         if job.eligible and key not in reviewed:
-            series, found, reason = review_series(job.series, _check_table)
+            absent = absent_images(job.series) if wait_for_files else []
+            if absent:
+                series, found, reason = job.series, [_awaited(job.series, absent)], ""
+            else:
+                series, found, reason = review_series(job.series, _check_table)
             reviewed[key] = series, reason
             findings += found
         if job.eligible:
@@ -76,6 +87,18 @@ def check_plan(plan: Plan) -> Plan:
             job = replace(job, series=series, reason=reason, cause="broken" if reason else "")
         jobs.append(job)
     return replace(plan, jobs=tuple(jobs), findings=tuple(findings))
+
+
+def _awaited(series: Series, absent: Sequence[str]) -> Finding:
+    """A warning that images could not be looked at."""
+    place = f"sub-{series.subject}" + (f"/ses-{series.session}" if series.session else "")
+    more = f" and {len(absent) - 1} more images" if len(absent) > 1 else ""
+    message = (
+        f"{place} {series.label}: `{absent[0]}`{more} cannot be looked at yet: empty, or a link "
+        "to a file that is not there (datalad get?)."
+    )
+    about = {"file": absent[0], "series": series.label}
+    return Finding("warning", message, series.subject, series.session, **about)
 
 
 def _check_table(path: Path) -> None:

@@ -51,7 +51,7 @@ OK, FAILED, NOTHING = 0, 1, 3
 def dry_run(settings: Settings) -> int:
     """Print what would be fitted and why the rest would not."""
     load_model_files(settings.model_file)
-    plan = make_plan(settings)
+    plan = check_plan(make_plan(settings), wait_for_files=True)
     LOGGER.addHandler(screen := logging.StreamHandler(sys.stdout))
     LOGGER.setLevel(logging.INFO)
     try:
@@ -300,6 +300,8 @@ def _warnings(plan: Plan) -> dict[str, list[str]]:
     for series in {series_key(job.series): job.series for job in eligible(plan)}.values():
         images = [*series.images, *(run.image for run in series.dwi_runs), *series.mask.images]
         images += [series.b1_map.image] if series.b1_map else []
+        images += [*(series.second.images if series.second else ())]
+        images += [given.image for given in series.voxel_maps.values()]
         others = {
             image
             for job in plan.jobs
@@ -312,6 +314,7 @@ def _warnings(plan: Plan) -> dict[str, list[str]]:
             if finding.severity == "warning"
             and (finding.subject, finding.session) == (series.subject, series.session)
             and finding.file not in others
+            and finding.series in ("", series.label)
         ]
     return found
 
@@ -319,6 +322,7 @@ def _warnings(plan: Plan) -> dict[str, list[str]]:
 def _memory_gb(series: Series) -> float:
     """Estimated memory of reading and fitting a series: its volumes, three times, and torch."""
     images = series.images or tuple(run.image for run in series.dwi_runs)
+    images += series.second.images if series.second else ()
     shapes = [cast(SpatialImage, nib.load(image)).shape for image in dict.fromkeys(images)]
     voxels = sum(math.prod(shape) for shape in shapes)
     return 3 * 4 * voxels / 1e9 + 0.5

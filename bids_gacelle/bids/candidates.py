@@ -1,32 +1,15 @@
-"""Images of one session that belong together, as series with everything their sidecars say."""
+"""Images of one session that belong together, as far as they could be put together."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, product
-from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from bids_gacelle.bids.concatenation import RunImage
-from bids_gacelle.bids.files import BidsFile, Dataset, loose_file
-from bids_gacelle.bids.gradients import (
-    NotWeighted,
-    check_b_values,
-    read_gradients,
-    read_numbers,
-    shells,
-)
-from bids_gacelle.bids.metadata import MetadataError, Sidecars, constant_fields, sourced
+from bids_gacelle.bids.files import BidsFile
+from bids_gacelle.bids.metadata import MetadataError
 from bids_gacelle.bids.names import reference_path
-from bids_gacelle.bids.options import Context
-from bids_gacelle.bids.queries import matches
-from bids_gacelle.bids.schemes import read_scheme
-from bids_gacelle.bids.series import DwiRun, Kind, Series, Sourced
-from bids_gacelle.bids.timing import differing_times, resolve_timing
+from bids_gacelle.bids.series import Series, Sourced
 
 # Entities that tell the images of one series apart, or that do not survive the fit.
 _NOT_KEPT = frozenset({"sub", "ses", "echo", "flip", "inv", "mt", "part", "desc"})
@@ -36,10 +19,11 @@ _NOT_KEPT = frozenset({"sub", "ses", "echo", "flip", "inv", "mt", "part", "desc"
 class Candidate:
     """A series as far as it could be put together.
 
-    ``problem`` stops every model, ``timing_problem`` those that need diffusion times.
-    ``measurements`` are the distinct echo times, flip angles or shells; ``warnings`` and ``notes``
-    are sentences of the classes WARNING and INFO. ``overruled`` are the diffusion times in files
-    that an option replaces, by field.
+    ``problem`` stops every model, ``timing_problem`` those that need diffusion times, and
+    ``lacking`` those that need a certain field of the series: it says, by the name of the field,
+    why its value is not known. ``measurements`` are the distinct echo times, flip angles or
+    shells; ``warnings`` and ``notes`` are sentences of the classes WARNING and INFO.
+    ``overruled`` are the diffusion times in files that an option replaces, by field.
     """
 
     series: Series
@@ -47,23 +31,10 @@ class Candidate:
     measurements: tuple[str, ...] = ()
     problem: MetadataError | None = None
     timing_problem: MetadataError | None = None
+    lacking: Mapping[str, MetadataError] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     overruled: Mapping[str, Sourced] = field(default_factory=dict)
-
-
-def find_candidates(kind: Kind, context: Context, subject: str, session: str) -> list[Candidate]:
-    """Series of a kind in one session ("" for images outside sessions), in the order of names."""
-    if kind == "dwi":
-        found = _dwi_candidates(context, subject, session)
-    else:
-        wanted = context.queries[kind]
-        images = [
-            f for f in context.raw.images(subject) if f.session == session and matches(wanted, f)
-        ]
-        build = {"megre": _megre, "vfa": _vfa}[kind]
-        found = [build(files, context) for files in _groups(images)]
-    return [_nameable(c) for c in found]
 
 
 def kept_entities(file: BidsFile) -> dict[str, str]:
@@ -71,7 +42,16 @@ def kept_entities(file: BidsFile) -> dict[str, str]:
     return {k: v for k, v in file.entities.items() if k not in _NOT_KEPT}
 
 
-def _nameable(candidate: Candidate) -> Candidate:
+def groups(images: Iterable[BidsFile], ignoring: str = "") -> list[list[BidsFile]]:
+    """Images that agree in all entities that maps keep, but for one, in the order of names."""
+    found = defaultdict(list)
+    for image in images:
+        key = tuple((k, v) for k, v in kept_entities(image).items() if k != ignoring)
+        found[key].append(image)
+    return [found[key] for key in sorted(found)]
+
+
+def nameable(candidate: Candidate) -> Candidate:
     """Refuse series with entities that the names of maps cannot keep."""
     try:
         reference_path(candidate.series)
@@ -82,376 +62,3 @@ def _nameable(candidate: Candidate) -> Candidate:
         )
         return replace(candidate, problem=problem)
     return candidate
-
-
-def _groups(images: Iterable[BidsFile]) -> list[list[BidsFile]]:
-    groups = defaultdict(list)
-    for image in images:
-        groups[tuple(kept_entities(image).items())].append(image)
-    return [groups[key] for key in sorted(groups)]
-
-
-def _megre(files: Sequence[BidsFile], context: Context) -> Candidate:
-    start, magnitude = _start("megre", files)
-    sidecars = [Sidecars(context.raw, f) for f in magnitude]
-    try:
-        _require_magnitude(files, magnitude)
-        echo_time = sourced("EchoTime", sidecars, context.options.assume_ms)
-    except MetadataError as error:
-        return replace(start, problem=error)
-    order = np.argsort(echo_time.values, kind="stable")
-    images, echo_time = [magnitude[i] for i in order], _in_order(echo_time, order)
-    if problem := _repeated(images, echo_time):
-        return replace(start, problem=problem)
-    series = replace(
-        start.series,
-        images=tuple(str(f.path) for f in images),
-        echo_time=echo_time,
-        metadata=constant_fields(sidecars),
-    )
-    return replace(start, series=series, measurements=_distinct(echo_time.values, "TE {:g} s"))
-
-
-def _vfa(files: Sequence[BidsFile], context: Context) -> Candidate:
-    start, magnitude = _start("vfa", files)
-    try:
-        _require_magnitude(files, magnitude)
-        _require_one_echo(magnitude)
-        sidecars = [Sidecars(context.raw, f) for f in magnitude]
-        for each in sidecars:
-            _refuse_ssfp(each)
-        flips = sourced("FlipAngle", sidecars, context.options.assume_ms)
-        order = np.argsort(flips.values, kind="stable")
-        magnitude, sidecars = [magnitude[i] for i in order], [sidecars[i] for i in order]
-        flips = _in_order(flips, order)
-        _hint_repetition_time(sidecars)
-        repetition = sourced("RepetitionTimeExcitation", sidecars, context.options.assume_ms)
-    except MetadataError as error:
-        return replace(start, problem=error)
-    series = replace(
-        start.series,
-        images=tuple(str(f.path) for f in magnitude),
-        flip_angle=flips,
-        repetition_time=repetition,
-        metadata=constant_fields(sidecars),
-    )
-    return replace(
-        start, series=series, measurements=_distinct(flips.values, "flip angle {:g} degrees")
-    )
-
-
-def _start(kind: Kind, files: Sequence[BidsFile]) -> tuple[Candidate, list[BidsFile]]:
-    """Give the series without its metadata, and its magnitude images."""
-    magnitude = _magnitude(files)
-    first = files[0]
-    images = tuple(str(f.path) for f in magnitude or files)
-    series = Series(kind, first.subject, first.session, kept_entities(first), images)
-    parts = sorted(
-        {f.entities["part"] for f in files if f not in magnitude and "part" in f.entities}
-    )
-    notes = (f"part-{', part-'.join(parts)} images are not used",) if parts and magnitude else ()
-    return Candidate(series, tuple(files), notes=notes), magnitude
-
-
-def _magnitude(files: Sequence[BidsFile]) -> list[BidsFile]:
-    """``part-mag`` images, or those without ``part`` where there is no ``part-mag``."""
-    chosen: dict[tuple[tuple[str, str], ...], BidsFile] = {}
-    for file in sorted(files, key=lambda f: ("part" not in f.entities, f.path.name)):
-        if file.entities.get("part", "mag") == "mag":
-            key = tuple((k, v) for k, v in file.entities.items() if k != "part")
-            chosen.setdefault(key, file)
-    return sorted(chosen.values(), key=lambda f: f.path.name)
-
-
-def _in_order(values: Sourced, order: npt.NDArray[np.intp]) -> Sourced:
-    return replace(
-        values,
-        values=tuple(values.values[i] for i in order),
-        sources=tuple(values.sources[i] for i in order),
-    )
-
-
-def _repeated(images: Sequence[BidsFile], echo_time: Sourced) -> MetadataError | None:
-    """Two images with the same echo time: one of the sidecars is wrong, or they are two series."""
-    times = zip(images, echo_time.values, echo_time.sources, strict=True)
-    for (first, time, source), (second, other_time, other) in pairwise(times):
-        if time == other_time:
-            return MetadataError(
-                f"`{first.label}` and `{second.label}` have the same EchoTime {time:g} s (from "
-                f"{source} and {other}); correct it, or tell them apart by a filter file.",
-                second.path,
-                "EchoTime",
-            )
-    return None
-
-
-def _require_magnitude(files: Sequence[BidsFile], magnitude: Sequence[BidsFile]) -> None:
-    if not magnitude:
-        parts = ", ".join(sorted({f"part-{f.entities['part']}" for f in files}))
-        raise MetadataError(
-            f"`{files[0].label}`: only {parts} images are there; magnitude images are needed.",
-            files[0].path,
-        )
-
-
-def _require_one_echo(files: Sequence[BidsFile]) -> None:
-    echoes = sorted({f.entities["echo"] for f in files if "echo" in f.entities})
-    if len(echoes) > 1:
-        raise MetadataError(
-            f"`{files[0].label}`: {len(echoes)} echoes (echo-{', echo-'.join(echoes)}) per flip "
-            "angle; T1 from variable flip angles needs one image per flip angle. Choose an echo "
-            f'with a filter file: {{"vfa": {{"echo": "{echoes[0]}"}}}}.',
-            files[0].path,
-        )
-
-
-def _refuse_ssfp(sidecars: Sidecars) -> None:
-    found = sidecars.find("PulseSequenceType")
-    if found and any(word in str(found.value).upper() for word in ("SSFP", "FISP", "FIESTA")):
-        raise MetadataError(
-            f"`PulseSequenceType` is {found.value!r} in `{found.file.label}`: balanced "
-            "steady-state images need DESPOT2; T1 from variable flip angles needs a spoiled "
-            "gradient echo.",
-            found.file.path,
-            "PulseSequenceType",
-        )
-
-
-def _hint_repetition_time(sidecars: Sequence[Sidecars]) -> None:
-    """Refuse RepetitionTime alone, as converters often write it: it need not be the same."""
-    for each in sidecars:
-        other = each.find("RepetitionTime")
-        if other and each.find("RepetitionTimeExcitation") is None:
-            raise MetadataError(
-                f"`RepetitionTimeExcitation` missing for `{each.image.label}`. Looked in: "
-                f'{each.looked_in()}. `{other.file.label}` has "RepetitionTime": {other.value}; '
-                "if that is the time from one excitation pulse to the next, add it as "
-                f'"RepetitionTimeExcitation" (s), for all images in {each.image.suffix}.json at '
-                "the root of the dataset.",
-                each.image.path,
-                "RepetitionTimeExcitation",
-            )
-
-
-def _distinct(values: Iterable[float], text: str) -> tuple[str, ...]:
-    return tuple(text.format(v) for v in sorted(set(values)))
-
-
-# ------------------------------------------------------------------------------------- dwi
-
-
-def _dwi_candidates(context: Context, subject: str, session: str) -> list[Candidate]:
-    """Preprocessed images of the first dataset that has them, else raw ones."""
-    found = [[f for f in files if f.session == session] for files in _all_dwi(context, subject)]
-    processed = [p for files in found if (p := [f for f in files if _preprocessed(f)])]
-    raw = [f for f in found[-1] if not _preprocessed(f)]
-    used = next(iter(processed), [] if replacing_dwi(context, subject, session) else raw)
-    notes: tuple[str, ...] = ()
-    unused = [f for files in processed[1:] for f in files] + (raw if processed else [])
-    if unused:
-        names = ", ".join(f"`{f.label}`" for f in unused)
-        notes = (f"{names} not used: the session has preprocessed dwi in '{used[0].dataset}'",)
-    single = [_dwi_run(f, context) for f in _without_other_parts(used)]
-    single, left_out = _without_reversed(single)
-    notes += left_out
-    if context.options.combine_dwi:
-        single = _combined(single)
-    return [replace(c, notes=c.notes + notes) for c in single]
-
-
-def replacing_dwi(context: Context, subject: str, session: str) -> list[BidsFile]:
-    """Preprocessed images that the raw ones of a session, without any of its own, went into.
-
-    A pipeline may write at the level of the subject what was acquired in sessions, or the
-    reverse; to fit the raw images as well would count the same data twice.
-    """
-    files = [f for files in _all_dwi(context, subject) for f in files]
-    if not any(f.session == session and not _preprocessed(f) for f in files):
-        return []
-    processed = [f for f in files if _preprocessed(f)]
-    if any(f.session == session for f in processed):
-        return []
-    return [f for f in processed if not session or not f.session]
-
-
-def _all_dwi(context: Context, subject: str) -> list[list[BidsFile]]:
-    """Dwi images of all sessions, by dataset."""
-    query = context.queries["dwi"]
-    return [[f for f in d.images(subject) if matches(query, f)] for d in context.datasets]
-
-
-def _without_reversed(
-    candidates: Sequence[Candidate],
-) -> tuple[list[Candidate], tuple[str, ...]]:
-    """Leave runs of b=0 volumes out, unless there is nothing else."""
-    kept = [c for c in candidates if not isinstance(c.problem, NotWeighted)]
-    if not kept:
-        return list(candidates), ()
-    names = [f"`{c.files[0].label}`" for c in candidates if c not in kept]
-    return kept, (f"{', '.join(names)} not used: b=0 volumes only",) if names else ()
-
-
-def _without_other_parts(files: Sequence[BidsFile]) -> list[BidsFile]:
-    return [image for group in _groups(files) for image in _magnitude(group)]
-
-
-def _preprocessed(file: BidsFile) -> bool:
-    return "desc" in file.entities or "space" in file.entities
-
-
-def _dwi_run(image: BidsFile, context: Context) -> Candidate:
-    dataset, threshold = context.dataset(image.dataset), context.options.b0_threshold
-    series = Series(
-        "dwi",
-        image.subject,
-        image.session,
-        kept_entities(image),
-        (str(image.path),),
-        preprocessed=_preprocessed(image),
-        spatial_reference=_spatial_reference(image, dataset),
-        metadata={},
-    )
-    start = Candidate(series, (image,))
-    try:
-        bval, bvec = _gradient_files(dataset, image, context.options.scheme_file)
-        b, _ = read_gradients(bval.path, bvec.path)
-        check_b_values(b, threshold, bval.label, bval.path)
-        run = RunImage(dataset, image, b, threshold)
-        timing = resolve_timing(run, _raw_runs(run, context), context.options)
-        metadata = constant_fields([run.sidecars])
-    except MetadataError as error:
-        return replace(start, problem=error)
-    times = (timing.big_delta, timing.small_delta)
-    found = shells(b, [None if t is None else t.values for t in times], threshold)
-    dwi_run = DwiRun(
-        str(image.path),
-        str(bval.path),
-        str(bvec.path),
-        timing.small_delta,
-        timing.big_delta,
-        timing.echo_time,
-    )
-    return replace(
-        start,
-        series=replace(series, dwi_runs=(dwi_run,), metadata=metadata),
-        measurements=tuple(_shell_name(s) for s in found),
-        timing_problem=timing.problem,
-        warnings=timing.warnings,
-        notes=timing.notes + _scheme_notes(bval, context.options.scheme_file),
-        overruled=timing.overruled,
-    )
-
-
-def _shell_name(shell: Sequence[float]) -> str:
-    times = "".join(f", {n} {t:g} ms" for n, t in zip(("Delta", "delta"), shell[1:], strict=False))
-    return f"b {shell[0]:.0f} s/mm^2{times}"
-
-
-def _gradient_files(
-    dataset: Dataset, image: BidsFile, scheme: Path | None
-) -> tuple[BidsFile, BidsFile]:
-    """Files of b-values and directions: those of the dataset, else a scheme file for both."""
-    try:
-        return _gradient_file(dataset, image, ".bval"), _gradient_file(dataset, image, ".bvec")
-    except MetadataError:
-        if scheme is None:
-            raise
-        return loose_file(scheme), loose_file(scheme)
-
-
-def _scheme_notes(bval: BidsFile, scheme: Path | None) -> tuple[str, ...]:
-    note = read_scheme(bval.path).note if bval.path == scheme else ""
-    return (note,) if note else ()
-
-
-def _gradient_file(dataset: Dataset, image: BidsFile, extension: str) -> BidsFile:
-    files = dataset.inherited(image, extension)
-    if not files:
-        raise MetadataError(
-            f"No {extension} file for `{image.label}`. Looked for "
-            f"{image.sibling(extension).name} beside it and for a {image.suffix}{extension} that "
-            "it inherits, up to the root of the dataset.",
-            image.path,
-        )
-    return files[0]
-
-
-def _raw_runs(run: RunImage, context: Context) -> list[RunImage]:
-    """Raw runs that a preprocessed image may stem from: its entities are theirs too."""
-    image = run.image
-    if not _preprocessed(image):
-        return []
-    said = {k: v for k, v in image.entities.items() if k not in ("ses", "space", "desc", "res")}
-    found = [
-        f
-        for f in context.raw.images(image.subject)
-        if (f.session in (image.session, "") or not image.session)
-        and f.suffix == "dwi"
-        and f.datatype == "dwi"
-        and not _preprocessed(f)
-        and f.entities.get("part", "mag") == "mag"
-        and said.items() <= f.entities.items()
-    ]
-    own = [f for f in found if f.session == image.session]
-    return [_raw_run(f, run, context) for f in own or found]
-
-
-def _raw_run(image: BidsFile, made_of_it: RunImage, context: Context) -> RunImage:
-    """A raw run; where it has no b-values, those of what was made of it stand for them."""
-    try:
-        b = np.array(read_numbers(_gradient_file(context.raw, image, ".bval").path))
-    except MetadataError:
-        b = np.zeros(0)
-    return replace(made_of_it, dataset=context.raw, image=image, b=b if b.size else made_of_it.b)
-
-
-def _spatial_reference(image: BidsFile, dataset: Dataset) -> str:
-    """BIDS URI of the anatomical image that spans the space of a preprocessed one."""
-    space = image.entities.get("space")
-    for session, file in product((image.session, ""), dataset.images(image.subject)):
-        if (
-            space
-            and file.datatype == "anat"
-            and file.session == session
-            and file.suffix in ("T1w", "T2w")
-            and file.entities.get("desc") == "preproc"
-            and file.entities.get("space", "T1w") == space
-        ):
-            return file.uri
-    return ""
-
-
-def _combined(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """All runs of a session that share a space as one series; runs with a problem stop it."""
-    spaces = defaultdict(list)
-    for candidate in candidates:
-        spaces[candidate.series.entities.get("space")].append(candidate)
-    return [_join(members) for members in spaces.values()]
-
-
-def _join(members: Sequence[Candidate]) -> Candidate:
-    if len(members) == 1:
-        return members[0]
-    runs = [c.series for c in members]
-    first = runs[0].entities.items()
-    entities = {k: v for k, v in first if all(r.entities.get(k) == v for r in runs)}
-    metadata = {
-        k: v for k, v in runs[0].metadata.items() if all(r.metadata.get(k) == v for r in runs)
-    }
-    series = replace(
-        runs[0],
-        entities=entities,
-        images=tuple(i for r in runs for i in r.images),
-        dwi_runs=tuple(d for r in runs for d in r.dwi_runs),
-        metadata=metadata,
-    )
-    return Candidate(
-        series,
-        tuple(f for c in members for f in c.files),
-        tuple(dict.fromkeys(m for c in members for m in c.measurements)),
-        next((c.problem for c in members if c.problem), None),
-        next((c.timing_problem for c in members if c.timing_problem), None)
-        or differing_times([c.overruled for c in members]),
-        tuple(w for c in members for w in c.warnings),
-        tuple(n for c in members for n in c.notes),
-    )

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bids_gacelle.bids.candidates import Candidate, kept_entities
-from bids_gacelle.bids.files import NIFTI, BidsFile
-from bids_gacelle.bids.metadata import MetadataError, Sidecars
+from bids_gacelle.bids.files import NIFTI, BidsFile, Dataset, parse_file
+from bids_gacelle.bids.metadata import MetadataError, Sidecars, scalar
 from bids_gacelle.bids.options import Context
 from bids_gacelle.bids.queries import matches
 from bids_gacelle.bids.series import Atlas, B1Map, Mask, Series, VoxelMap
@@ -24,12 +24,21 @@ _RELATIVE = (
     "dimensionless",
 )
 _PERCENT = ("%", "percent", "percentage", "p.u.")  # hMRI writes p.u. for percent units
+_DEGREES = ("deg", "degree", "degrees")
+FIBRE_MAPS = ("theta", "ff", "fo", "iwf")
+"""Maps of the fibres of a voxel, from diffusion, that models of myelin water can use."""
+
 _CALLED = {"noise": "noise map", "graddev": "map of gradient deviations"}
 _OTHER_B1 = ("TB1AFI", "TB1DAM", "TB1EPI", "TB1RFM", "TB1SRGE", "TB1TFL")
 
 
-def add_companions(candidate: Candidate, context: Context) -> Candidate:
-    """Add mask and atlases; to variable flip angles a B1 map, to dwi what maps its voxels."""
+def add_companions(candidate: Candidate, context: Context, inputs: Sequence[str]) -> Candidate:
+    """Add mask and atlases, and what maps the voxels of the series.
+
+    Parameters
+    ----------
+    inputs : names of the voxel inputs of the models.
+    """
     series = candidate.series
     if candidate.problem:
         return candidate
@@ -42,6 +51,7 @@ def add_companions(candidate: Candidate, context: Context) -> Candidate:
         )
     series = replace(series, mask=mask, atlases=find_atlases(series, context))
     result = replace(candidate, series=series, warnings=warnings)
+    result = _with_voxel_maps(result, context, inputs)
     if series.kind == "vfa":
         return _with_b1(result, context)
     return _with_dwi_maps(result, context) if series.kind == "dwi" else result
@@ -179,11 +189,64 @@ def _with_dwi_maps(candidate: Candidate, context: Context) -> Candidate:
     return replace(candidate, series=series, notes=tuple(notes))
 
 
+# ------------------------------------------------------------------------------ voxel inputs
+
+
+def given_path(template: str, subject: str, session: str) -> Path:
+    """The file that ``--voxel-map`` means for a session."""
+    return Path(template.replace("{subject}", subject).replace("{session}", session))
+
+
+def _with_voxel_maps(candidate: Candidate, context: Context, inputs: Sequence[str]) -> Candidate:
+    """Add the maps given with --voxel-map, and those of fibres from derivatives."""
+    series, given = candidate.series, context.options.voxel_maps
+    maps: dict[str, VoxelMap] = {}
+    lacking, warnings = dict(candidate.lacking), candidate.warnings
+    for name, template in given.items():
+        path = given_path(template, series.subject, series.session)
+        if path.is_file():
+            maps[name] = VoxelMap(str(path), "option")
+        else:
+            lacking[name] = MetadataError(f"--voxel-map {name}: `{path}` does not exist.", path)
+    if series.kind == "vfa":
+        maps.pop("b1", None)  # its unit counts: it is added as the B1 map
+    names = [n for n in (*FIBRE_MAPS, *inputs) if n not in (*given, "b1", "bscale")]
+    for name in dict.fromkeys(names) if series.kind != "dwi" else ():
+        found = _derived_maps(name, series, context)
+        if found:
+            maps[name] = VoxelMap(str(found[0].path))
+        if len(found) > 1:
+            others = ", ".join(f"`{f.label}`" for f in found[1:])
+            warnings += (
+                f"`{found[0].label}` is used as the map {name}; {others} would fit as well. "
+                f"--voxel-map {name}=PATH chooses one",
+            )
+    return replace(
+        candidate, series=replace(series, voxel_maps=maps), lacking=lacking, warnings=warnings
+    )
+
+
+def _derived_maps(name: str, series: Series, context: Context) -> list[BidsFile]:
+    """Maps ``param-<name>`` of derivatives in the space of a series, best those of its session."""
+    given = {d.name for d in context.derivatives}
+    found = [
+        f
+        for f in _around(series.subject, series.session, context)
+        if f.dataset in given
+        and matches(context.queries["voxelmap"], f)
+        and f.entities.get("param") == name.lower()
+        and f.entities.get("space") == series.entities.get("space")
+    ]
+    return [f for f in found if f.session == series.session] or found
+
+
 # --------------------------------------------------------------------------------------- B1
 
 
 def _with_b1(candidate: Candidate, context: Context) -> Candidate:
     series = candidate.series
+    if template := context.options.voxel_maps.get("b1"):
+        return _with_given_b1(candidate, given_path(template, series.subject, series.session))
     if "tb1" in context.options.ignore:
         return candidate
     around = [
@@ -206,7 +269,7 @@ def _with_b1(candidate: Candidate, context: Context) -> Candidate:
         names = ", ".join(f"`{f.label}`" for f in best[1:])
         warnings += (f"B1 map `{best[0].label}` is used; {names} would fit as well",)
     try:
-        b1, assumed = _b1_map(best[0], context)
+        b1, assumed = _b1_map(best[0], context.dataset(best[0].dataset))
     except MetadataError as error:
         return replace(candidate, problem=error)
     return replace(candidate, series=replace(series, b1_map=b1), warnings=warnings + assumed)
@@ -218,8 +281,24 @@ def _agreement(file: BidsFile, series: Series) -> tuple[bool, int]:
     return file.session == series.session, len(common)
 
 
-def _b1_map(file: BidsFile, context: Context) -> tuple[B1Map, tuple[str, ...]]:
-    found = Sidecars(context.dataset(file.dataset), file).find("Units")
+def _with_given_b1(candidate: Candidate, path: Path) -> Candidate:
+    if "b1" in candidate.lacking:
+        return candidate
+    file = parse_file(path, path.parent, "raw")
+    sidecar = [p for p in (file.sibling(".json"),) if p.is_file()]
+    beside = Dataset("raw", path.parent, tuple(parse_file(p, p.parent, "raw") for p in sidecar))
+    try:
+        b1, assumed = _b1_map(file, beside)
+    except MetadataError as error:
+        return replace(candidate, problem=error)
+    series = replace(candidate.series, b1_map=b1)
+    return replace(candidate, series=series, warnings=candidate.warnings + assumed)
+
+
+def _b1_map(file: BidsFile, dataset: Dataset) -> tuple[B1Map, tuple[str, ...]]:
+    """The map with the factor that makes it relative, by its unit; and a warning without one."""
+    sidecars = Sidecars(dataset, file)
+    found = sidecars.find("Units")
     if found is None:
         sentence = (
             f'no "Units" in a sidecar of `{file.label}`: its values are taken as relative '
@@ -230,10 +309,23 @@ def _b1_map(file: BidsFile, context: Context) -> tuple[B1Map, tuple[str, ...]]:
     if unit in _PERCENT or unit in _RELATIVE:
         factor = 0.01 if unit in _PERCENT else 1.0
         return B1Map(str(file.path), factor, f"{found.file.label}: Units {found.value}"), ()
+    nominal = sidecars.find("FlipAngle")
+    if unit in _DEGREES and nominal is not None:
+        degrees = scalar(nominal, "FlipAngle")
+        source = f"{found.file.label}: Units {found.value}, of FlipAngle {degrees:g}"
+        return B1Map(str(file.path), 1 / degrees, source), ()
+    if unit in _DEGREES:
+        raise MetadataError(
+            f"`Units` is {found.value!r} in `{found.file.label}`: of a B1 map in degrees the "
+            'nominal flip angle must be known; add it there, e.g. "FlipAngle": 60, or pass '
+            "--ignore tb1.",
+            found.file.path,
+            "FlipAngle",
+        )
     raise MetadataError(
         f"`Units` is {found.value!r} in `{found.file.label}`: a B1 map must be relative to the "
-        'nominal flip angle; write "relative" (1 = nominal) or "percent" (100 = nominal), or '
-        "pass --ignore tb1.",
+        'nominal flip angle; write "relative" (1 = nominal), "percent" (100 = nominal) or '
+        '"degrees" (with the nominal "FlipAngle"), or pass --ignore tb1.',
         found.file.path,
         "Units",
     )

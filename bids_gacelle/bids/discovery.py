@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
-from bids_gacelle.bids.candidates import Candidate, find_candidates, replacing_dwi
-from bids_gacelle.bids.companions import add_companions
+from bids_gacelle.bids.candidates import Candidate, nameable
+from bids_gacelle.bids.companions import FIBRE_MAPS, add_companions
+from bids_gacelle.bids.dwi import dwi_candidates, replacing_dwi
 from bids_gacelle.bids.files import BidsFile, subject_labels
+from bids_gacelle.bids.gradient_echo import (
+    contrasts_not_offered,
+    gradient_echo_candidates,
+)
 from bids_gacelle.bids.layouts import expected_dwi
 from bids_gacelle.bids.metadata import (
-    QUANTITIES,
     MetadataError,
     Sidecars,
     per_volume,
     scalar,
 )
-from bids_gacelle.bids.options import Context, ModelNeeds, Options
+from bids_gacelle.bids.options import Context, ModelNeeds, Options, names_of
 from bids_gacelle.bids.queries import matches
 from bids_gacelle.bids.request import open_request
 from bids_gacelle.bids.series import Finding, Job, Kind, Plan, Series, Severity
+from bids_gacelle.errors import InputError
 
 __all__ = ["ModelNeeds", "Options", "discover"]
 
@@ -32,8 +37,10 @@ _CHECKED_SUFFIXES = frozenset({
     "TB1RFM", "TB1SRGE", "TB1TFL", "dwi",
 })
 # fmt: on
+_CHECKED_FIELDS = ("EchoTime", "RepetitionTimeExcitation", "InversionTime", "FlipAngle")
 _DATATYPE = {"megre": "anat", "vfa": "anat", "dwi": "dwi"}
 _COUNTED = {"megre": "echoes", "vfa": "flip angles", "dwi": "shells"}
+_FITTED = ("megre", "vfa", "mpm", "mts", "dwi")
 _SHOWN = 10
 
 
@@ -61,6 +68,7 @@ def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> P
         or metadata field.
     """
     bids_dir = bids_dir.absolute()
+    _check_voxel_maps(needs, options)
     context, sessions = open_request(bids_dir, options)
     findings: dict[Finding, None] = {}
     jobs: list[Job] = []
@@ -79,15 +87,26 @@ def discover(bids_dir: Path, needs: Sequence[ModelNeeds], options: Options) -> P
                 findings.update(dict.fromkeys(found))
         findings.update(dict.fromkeys(_unused_poison(context, subject, used)))
     findings.update(dict.fromkeys(_about_datasets(context, list(sessions))))
+    findings.update(dict.fromkeys(_unused_maps(needs, options)))
     datasets = {d.name: str(d.root) for d in (context.raw, *context.derivatives)}
     return Plan(tuple(jobs), tuple(findings), datasets)
+
+
+def _check_voxel_maps(needs: Sequence[ModelNeeds], options: Options) -> None:
+    """Refuse maps that no model can use."""
+    for name in options.voxel_maps:
+        if name not in FIBRE_MAPS and not any(n.takes(name) for n in needs):
+            have = dict.fromkeys(i for n in needs for i in (*n.voxel_inputs, *n.needed_inputs))
+            raise InputError(
+                f"--voxel-map {name}: no model asked for has a voxel input {name}; there "
+                f"{'are ' + ', '.join(have) if have else 'is none'}."
+            )
 
 
 def _units(context: Context, subject: str, sessions: Sequence[str]) -> list[str]:
     """Sessions of a subject; "" only if it has no other or holds images that models use."""
     outside = any(
-        f.session == ""
-        and any(matches(context.queries[k], f) for k in ("megre", "vfa", "mpm", "dwi"))
+        f.session == "" and any(matches(context.queries[k], f) for k in _FITTED)
         for d in context.datasets
         for f in d.images(subject)
     )
@@ -104,8 +123,9 @@ def _session_jobs(
     of_kind: dict[Kind, list[Candidate]] = {}
     for need in needs:
         if need.kind not in of_kind:
-            found = find_candidates(need.kind, context, subject, session)
-            of_kind[need.kind] = [add_companions(c, context) for c in found]
+            found = _candidates(need.kind, context, subject, session)
+            inputs = [i for n in needs if n.kind == need.kind for i in n.voxel_inputs]
+            of_kind[need.kind] = [add_companions(c, context, inputs) for c in found]
             used.update(f.path for c in found for f in c.files)
         for candidate in of_kind[need.kind]:
             yield _job(candidate, need)
@@ -113,29 +133,68 @@ def _session_jobs(
             yield _nothing(context, subject, session, need)
 
 
+def _candidates(kind: Kind, context: Context, subject: str, session: str) -> list[Candidate]:
+    """Series of a kind in one session ("" for images outside sessions), in the order of names."""
+    if kind == "dwi":
+        found = dwi_candidates(context, subject, session)
+    else:
+        found = gradient_echo_candidates(kind, context, subject, session)
+    return [nameable(c) for c in found]
+
+
 def _job(candidate: Candidate, need: ModelNeeds) -> tuple[Job, list[Finding]]:
-    series = candidate.series
+    series, prefix = candidate.series, f"{_place(candidate.series)} {candidate.series.label}: "
+    notes = [_finding("info", series, f"{prefix}{n}.") for n in _notes(candidate, need)]
     problem = _problem(candidate, need)
+    if candidate.problem:
+        job = Job(series, need.name, str(problem), "broken")
+        return job, [_skipped(series, need.name, candidate.problem)]
     if problem:
-        cause: Literal["broken", "unsuited"] = "broken" if candidate.problem else "unsuited"
-        job = Job(series, need.name, str(problem), cause)
-        return job, [_skipped(series, need.name, problem)]
-    prefix = f"{_place(series)} {series.label}: "
-    warnings = _warnings(candidate, need)
-    findings = [_finding("warning", series, prefix + w + ".") for w in warnings]
-    findings += [_finding("info", series, prefix + n + ".") for n in candidate.notes]
-    return Job(series, need.name), findings
+        job = Job(series, need.name, str(problem), "unsuited")
+        return job, [_skipped(series, need.name, problem), *notes]
+    warnings = [_finding("warning", series, f"{prefix}{w}.") for w in _warnings(candidate, need)]
+    return Job(series, need.name), [*warnings, *notes]
 
 
 def _problem(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
     """Why the model cannot be fitted to the series, None if it can."""
     if candidate.problem:
         return candidate.problem
-    few = _too_few(candidate, need) or _too_few_echo_times(candidate, need)
-    times = candidate.timing_problem if need.needs_diffusion_times else None
-    if few and times:  # said together: adding the times alone would not help
-        return MetadataError(f"{few} Also, {times}", times.file, times.field)
-    return few or times
+    lacking = _lacking(candidate, need)
+    few = _too_few(candidate, need)
+    if not few and not (lacking and lacking.field == "EchoTime"):
+        few = _too_few_echo_times(candidate, need) or _too_few_images(candidate, need)
+    if few and lacking:  # said together: adding the values alone would not help
+        return MetadataError(f"{few} Also, {lacking}", lacking.file, lacking.field)
+    return few or lacking
+
+
+def _lacking(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
+    """A value that the model needs and that is not known."""
+    if need.needs_diffusion_times and candidate.timing_problem:
+        return candidate.timing_problem
+    columns = list(need.columns)
+    columns += ["echo_time"] * need.knows_echoes
+    columns += ["spoiling_increment"] * (need.default_spoiling is not None)
+    columns += [name for name in candidate.lacking if need.takes(name)]
+    known = next((candidate.lacking[c] for c in columns if c in candidate.lacking), None)
+    return known or _without_map(candidate, need)
+
+
+def _without_map(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
+    """A map that the model cannot do without."""
+    maps = candidate.series.voxel_maps
+    missing = [i for i in need.needed_inputs if not any(n in maps for n in names_of(i))]
+    if not missing:
+        return None
+    first = dict.fromkeys(names_of(i)[1] for i in missing)
+    given = " ".join(f"{name}=PATH" for name in first)
+    return MetadataError(
+        f"{need.name} needs maps of {', '.join(missing)} with the options it has, but there are "
+        f"none: pass --voxel-map {given}, or give a derivative dataset (-d) with "
+        f"{', '.join(f'*_param-{name}_dwimap.nii.gz' for name in first)}.",
+        candidate.files[0].path,
+    )
 
 
 def _warnings(candidate: Candidate, need: ModelNeeds) -> list[str]:
@@ -145,6 +204,12 @@ def _warnings(candidate: Candidate, need: ModelNeeds) -> list[str]:
             f"{need.name} is fitted with nominal b-values: it has no voxel input bscale for the "
             "map of gradient deviations"
         )
+    if need.default_spoiling is not None and not candidate.series.spoiling_increment:
+        result.append(
+            f"no `SpoilingRFPhaseIncrement` in a sidecar of `{candidate.files[0].label}`: "
+            f"{need.name} takes {need.default_spoiling:g} degrees. Add that of the sequence, or "
+            "pass --spoiling-increment"
+        )
     if candidate.series.kind == "dwi" and not candidate.series.preprocessed:
         result.append(
             "fitted without preprocessing (raw dwi: no correction of noise, eddy currents, motion)"
@@ -152,38 +217,87 @@ def _warnings(candidate: Candidate, need: ModelNeeds) -> list[str]:
     return result
 
 
+def _notes(candidate: Candidate, need: ModelNeeds) -> list[str]:
+    result = list(candidate.notes)
+    fits = _problem(candidate, need) is None
+    if need.kind == "vfa" and not need.knows_echoes and _most_echoes(candidate) > 1 and fits:
+        result.append(f"{need.name} uses the first echo of each flip angle")
+    for name, given in candidate.series.voxel_maps.items():
+        if need.takes(name) and fits:
+            result.append(f"{need.name} uses `{given.image}` as its map {name}")
+    return result
+
+
 def _too_few(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
-    found = candidate.measurements
-    if len(found) >= need.minimum_measurements:
-        return None
+    found, wanted = candidate.measurements, need.minimum_measurements
     counted, advice = _COUNTED[need.kind], ""
+    if need.kind == "vfa":
+        # several echoes of a flip angle are measurements of their own if the model knows them
+        wanted = 1 if need.knows_echoes else wanted
+        wanted = max(wanted, need.minimum_flip_angles)
+    if len(found) >= wanted:
+        return None
     if need.kind == "dwi":
         counted += " (b-values or diffusion times)"
         advice = _joining(candidate, "More runs of a session")
+    elif need.kind == "vfa" and any(f.entities.get("mt") == "on" for f in candidate.files):
+        advice = " Images with an MT pulse are not among them."
     advice += " --fit-undetermined fits it nonetheless."
     first = candidate.files[0]
     there = f"`{first.label}`" + (" and its like have" if len(candidate.files) > 1 else " has")
     return MetadataError(
-        f"{need.name} needs at least {need.minimum_measurements} different {counted}, but {there} "
+        f"{need.name} needs at least {wanted} different {counted}, but {there} "
         f"{len(found)} ({'; '.join(found)}).{advice}",
         first.path,
     )
 
 
-def _too_few_echo_times(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
-    runs = candidate.series.dwi_runs
-    values = [v for run in runs if run.echo_time is not None for v in run.echo_time.values]
-    found = sorted({f"{1e3 * v:.1f}" for v in values})
-    if need.minimum_echo_times < 2 or len(found) >= need.minimum_echo_times:
+def _too_few_images(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
+    images = candidate.series.images
+    if need.kind != "vfa" or not need.knows_echoes or len(images) >= need.minimum_measurements:
         return None
     first = candidate.files[0]
-    there = f"{', '.join(found)} ms only" if found else "no EchoTime"
-    has = "and its like have" if len(runs) > 1 else "has"
     return MetadataError(
-        f"{need.name} needs at least {need.minimum_echo_times} different echo times, but "
-        f"`{first.label}` {has} {there}.{_joining(candidate, 'Runs with other echo times')}",
+        f"{need.name} needs at least {need.minimum_measurements} images of different flip angle "
+        f"or echo time, but `{first.label}` and its like are {len(images)}. --fit-undetermined "
+        "fits it nonetheless.",
         first.path,
     )
+
+
+def _too_few_echo_times(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
+    found = max(_echo_times(candidate.series).values(), key=len, default=[])
+    if need.minimum_echo_times < 2 or len(found) >= need.minimum_echo_times:
+        return None
+    first, advice, wanted = candidate.files[0], "", "different echo times"
+    if need.kind == "dwi":
+        advice = _joining(candidate, "Runs with other echo times")
+    elif need.kind == "vfa":
+        wanted += " of a flip angle"
+    there = f"{', '.join(f'{v:.1f}' for v in found)} ms only" if found else "no EchoTime"
+    has = "and its like have" if len(candidate.series.images) > 1 else "has"
+    return MetadataError(
+        f"{need.name} needs at least {need.minimum_echo_times} {wanted}, but `{first.label}` "
+        f"{has} {there}.{advice}",
+        first.path,
+    )
+
+
+def _echo_times(series: Series) -> dict[tuple[float, ...], list[float]]:
+    """Different echo times (ms) of images that differ in nothing else, by their setting."""
+    times: dict[tuple[float, ...], set[float]] = defaultdict(set)
+    for run in series.dwi_runs:
+        times[()].update(run.echo_time.values if run.echo_time else ())
+    if series.echo_time:
+        columns = [c.values for c in (series.flip_angle, series.repetition_time) if c]
+        for time, *setting in zip(series.echo_time.values, *columns, strict=True):
+            times[tuple(setting)].add(time)
+    digits = 1 if series.kind == "dwi" else 2
+    return {key: sorted({round(1e3 * t, digits) for t in found}) for key, found in times.items()}
+
+
+def _most_echoes(candidate: Candidate) -> int:
+    return max((len(v) for v in _echo_times(candidate.series).values()), default=0)
 
 
 def _joining(candidate: Candidate, what: str) -> str:
@@ -229,10 +343,9 @@ def _why_nothing(context: Context, series: Series, need: ModelNeeds) -> str:
         rules = {k: v for k, v in query.items() if k not in ("suffix", "datatype")}
         listed = ", ".join(others[:_SHOWN])
         reason += f" (there are {listed}, but the entities must be {json.dumps(rules)})"
-    contrasts = {f.entities.get("acq", "") for f in here if matches(context.queries["mpm"], f)}
-    if contrasts and need.kind != "dwi":
-        listed = ", ".join(sorted(contrasts))
-        reason += f" (there are MPM images ({listed}), which no model here is fitted to yet)"
+    if need.kind != "dwi":
+        why = contrasts_not_offered(need.kind, context, subject, session)
+        reason += f" ({'; '.join(why)})" if why else ""
     return reason
 
 
@@ -258,12 +371,26 @@ def _skipped(series: Series, model: str, problem: MetadataError) -> Finding:
     """ERROR: why a model is not fitted to a series that is there."""
     message = f"{_place(series)} {series.label} model {model} skipped: {problem}"
     return Finding(
-        "error", message, series.subject, series.session, model, problem.file, problem.field
+        "error",
+        message,
+        series.subject,
+        series.session,
+        model,
+        problem.file,
+        problem.field,
+        series.label,
     )
 
 
 def _finding(severity: Severity, series: Series, message: str) -> Finding:
-    return Finding(severity, message, series.subject, series.session, file=series.images[0])
+    return Finding(
+        severity,
+        message,
+        series.subject,
+        series.session,
+        file=series.images[0],
+        series=series.label,
+    )
 
 
 def _place(series: Series) -> str:
@@ -279,7 +406,7 @@ def _unused_poison(context: Context, subject: str, used: set[Path]) -> Iterator[
         if image.path in used or image.suffix not in _CHECKED_SUFFIXES:
             continue
         sidecars = Sidecars(context.raw, image)
-        for field in QUANTITIES:
+        for field in _CHECKED_FIELDS:
             try:
                 _check_field(field, image, sidecars, context.options.assume_ms)
             except MetadataError as error:
@@ -323,6 +450,17 @@ def _about_datasets(context: Context, subjects: Sequence[str]) -> Iterator[Findi
             f"preprocessed dwi from there, give e.g. -d {there[0].name}={there[0]}."
         )
         yield Finding("info", message, file=str(folder))
+
+
+def _unused_maps(needs: Sequence[ModelNeeds], options: Options) -> Iterator[Finding]:
+    """Name maps of fibres that were given but are of no use with the options of the models."""
+    for name, template in options.voxel_maps.items():
+        if not any(n.takes(name) for n in needs):
+            message = (
+                f"--voxel-map {name}={template} is not used: no model asked for takes such a map "
+                "with the options it has (--set)."
+            )
+            yield Finding("warning", message, file=template)
 
 
 def _is_dataset(folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -63,9 +63,8 @@ def review_series(
         place = f"sub-{series.subject}" + (f"/ses-{series.session}" if series.session else "")
         verb = " skipped" if severity == "error" else ""
         message = f"{place} {series.label}{verb}: {problem}"
-        findings.append(
-            Finding(severity, message, series.subject, series.session, file=problem.file)
-        )
+        about = {"file": problem.file, "series": series.label}
+        findings.append(Finding(severity, message, series.subject, series.session, **about))
 
     try:
         reference = _check_images(series)
@@ -80,10 +79,18 @@ def review_series(
     return replace(series, mask=mask, atlases=atlases), findings, ""
 
 
+def absent_images(series: Series) -> list[str]:
+    """Images of a series of which there is no content: empty files, links that lead nowhere."""
+    second = series.second.images if series.second else ()
+    images = [Path(p) for p in (*series.images, *second)]
+    return [str(p) for p in images if not p.exists() or p.stat().st_size == 0]
+
+
 def _check_images(series: Series) -> SpatialImage:
     """Refuse images of one fit that cannot be read, or differ in grid or number of volumes."""
     images = [_open(Path(p)) for p in series.images]
-    for image in images:
+    seconds = [_open(Path(p)) for p in series.second.images] if series.second else []
+    for image in (*images, *seconds):
         if series.kind != "dwi":
             _require_3d(image)
         _require_same_grid(image, images[0])
@@ -156,7 +163,28 @@ def _with_usable_maps(series: Series, reference: SpatialImage, report: _Report) 
         "--gradient-deviation",
         "Nominal b-values are used everywhere.",
     )
-    return replace(series, dwi_runs=runs, gradient_deviation=deviation)
+    return replace(
+        series,
+        dwi_runs=runs,
+        gradient_deviation=deviation,
+        voxel_maps=dict(_readable_maps(series.voxel_maps, report)),
+    )
+
+
+def _readable_maps(
+    maps: Mapping[str, VoxelMap], report: _Report
+) -> Iterator[tuple[str, VoxelMap]]:
+    """Leave out maps from derivatives that are no images; they need not be on the grid."""
+    for name, given in maps.items():
+        try:
+            _open(Path(given.image))
+        except MetadataError as problem:
+            if given.origin == "option":
+                text = f"{problem} It was asked for with --voxel-map {name}."
+                raise MetadataError(text, problem.file) from None
+            report("warning", MetadataError(f"{problem} No map {name} is used.", problem.file))
+        else:
+            yield name, given
 
 
 def _require_nine(image: SpatialImage) -> None:
@@ -213,7 +241,9 @@ def _check_b1(path: Path, factor: float) -> None:
     low, high = _USUAL_B1
     if low <= median * factor <= high:
         return
-    unit = {1.0: "relative (1 = nominal)", 0.01: "percent (100 = nominal)"}.get(factor, "other")
+    unit = {1.0: "relative (1 = nominal)", 0.01: "percent (100 = nominal)"}.get(
+        factor, f"degrees of a nominal flip angle of {1 / factor:.4g}"
+    )
     probably = next(
         (u for f, u in ((1.0, "relative"), (0.01, "percent")) if low <= median * f <= high), ""
     )

@@ -40,6 +40,9 @@ QUANTITIES = {
     "InversionTime": Quantity("s", 1e-3, 30.0, "0.9"),
     # flip angles given in radians fall below 0.35 (20 degrees)
     "FlipAngle": Quantity("degrees", 0.35, 360.0, "12"),
+    "MagneticFieldStrength": Quantity("T", 0.02, 20.0, "3"),
+    "ImagingFrequency": Quantity("MHz", 0.85, 860.0, "123.2"),
+    "SpoilingRFPhaseIncrement": Quantity("degrees", 4.0, 360.0, "50"),
 }
 TIMES_IN_MS = (
     "EchoTime",
@@ -228,8 +231,7 @@ def _advice(value: Any, field: str, quantity: Quantity, read_as_ms: bool) -> str
         return f"that is outside {quantity.low:g} to {quantity.high:g} {unit}; correct the value."
     if quantity.low <= candidate <= quantity.high:
         return f"{kind}write {candidate:g} (in {unit}) without quotes."
-    scales = {"s": {"ms": 1e-3, "us": 1e-6}, "degrees": {"radians": 180 / math.pi}}[unit]
-    for other, scale in scales.items():
+    for other, scale in _other_units(unit, candidate).items():
         if quantity.low <= candidate * scale <= quantity.high:
             option = f", or pass --assume-ms {field}" if other == "ms" else ""
             return (
@@ -237,6 +239,17 @@ def _advice(value: Any, field: str, quantity: Quantity, read_as_ms: bool) -> str
                 f"write {candidate * scale:.6g}{option}."
             )
     return f"{kind}not plausible in {unit} (BIDS), nor in any other usual unit; correct it."
+
+
+def _other_units(unit: str, value: float) -> dict[str, float]:
+    """Units that a value may have been meant in, each as a number of the right one."""
+    if unit == "T":  # what is 15000 can be gauss only, what is 3000 hardly so
+        return {"gauss": 1e-4} if value >= 5000 else {"mT": 1e-3}
+    return {
+        "s": {"ms": 1e-3, "us": 1e-6},
+        "degrees": {"radians": 180 / math.pi},
+        "MHz": {"Hz": 1e-6, "kHz": 1e-3},
+    }[unit]
 
 
 def sourced(field: str, sidecars: Sequence[Sidecars], assume_ms: Sequence[str] = ()) -> Sourced:

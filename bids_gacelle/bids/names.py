@@ -100,6 +100,7 @@ def map_path(
     statistic: str = "",
     suffix: str = "",
     bare: bool = False,
+    compartment: str = "",
     datatype: str,
     extension: str = ".nii.gz",
 ) -> PurePosixPath:
@@ -116,9 +117,12 @@ def map_path(
         "" for the best estimate, else a key of `STATISTICS`.
     suffix : str
         Official BIDS suffix of the quantity (``R2starmap``), "" when there is none. The parameter
-        is not in such a name: a model may use an official suffix once.
+        is not in such a name.
     bare : bool
         The model is the canonical one for its suffixes and is left out of ``desc``.
+    compartment : str
+        Which compartment a map with an official suffix is about (``MW``): a model may use a suffix
+        once for each.
     datatype : {"anat", "dwi"}
 
     Raises
@@ -130,7 +134,8 @@ def map_path(
     if statistic and statistic not in STATISTICS:
         raise ValueError(f"Unknown statistic {statistic}; one of {', '.join(STATISTICS)}")
     if suffix:
-        desc = ("" if bare else model_label(model)) + statistic
+        about = _label(compartment, "compartment") if compartment else ""
+        desc = ("" if bare else model_label(model)) + about + statistic
         entities = {"desc": desc} if desc else {}
     else:
         entities = {"model": model_label(model), "param": _label(parameter, "param").lower()}

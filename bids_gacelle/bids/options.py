@@ -16,17 +16,56 @@ from bids_gacelle.bids.series import Kind
 class ModelNeeds:
     """What a model must have to be fitted.
 
-    ``minimum_measurements`` counts echoes (megre), flip angles (vfa) or shells (dwi),
-    ``minimum_echo_times`` the different echo times of dwi.
-    ``takes_gradient_deviation`` is False for a dwi model that has only nominal b-values.
+    Attributes
+    ----------
+    minimum_measurements
+        Different echoes (megre), flip angles (vfa; images, for a model of echo times) or shells
+        (dwi).
+    minimum_flip_angles
+        Different flip angles of vfa.
+    minimum_echo_times
+        Different echo times of dwi, or of one flip angle of vfa.
+    takes_gradient_deviation
+        False for a dwi model that has only nominal b-values.
+    columns
+        Columns of the acquisition that it must have (``echo_time``, ``field_strength``, ...).
+    voxel_inputs, needed_inputs
+        Maps that it can use, and those it cannot do without. Those of several fibres are numbered
+        (``theta1``).
+    default_spoiling
+        Increment of the RF phase (degrees) that it takes where nothing says one; None: its signal
+        does not depend on it.
     """
 
     name: str
     kind: Kind
     needs_diffusion_times: bool = False
     minimum_measurements: int = 2
+    minimum_flip_angles: int = 1
     minimum_echo_times: int = 1
     takes_gradient_deviation: bool = True
+    columns: tuple[str, ...] = ()
+    voxel_inputs: tuple[str, ...] = ()
+    needed_inputs: tuple[str, ...] = ()
+    default_spoiling: float | None = None
+
+    @property
+    def knows_echoes(self) -> bool:
+        """Whether the signal depends on the echo time."""
+        return "echo_time" in self.columns or self.minimum_echo_times > 1
+
+    def takes(self, name: str) -> bool:
+        """Whether the model can use a map given by this name (see `names_of`)."""
+        return any(name in names_of(i) for i in (*self.voxel_inputs, *self.needed_inputs))
+
+
+def names_of(voxel_input: str) -> tuple[str, ...]:
+    """Names under which the map of an input can be given.
+
+    ``theta`` is that of all fibres, ``fo`` has their directions, which give the angles.
+    """
+    base = voxel_input.rstrip("0123456789")
+    return (voxel_input, base, "fo") if base == "theta" else (voxel_input, base)
 
 
 @dataclass(frozen=True)
@@ -47,6 +86,12 @@ class Options:
     big_delta_ms: float | None = None
     timing_file: Path | None = None
     scheme_file: Path | None = None
+    field_strength: float | None = None
+    """T, in place of what sidecars say."""
+    spoiling_increment: float | None = None
+    """degrees, in place of what sidecars say."""
+    voxel_maps: Mapping[str, str] = field(default_factory=dict)
+    """Voxel input -> path, in which {subject} and {session} stand for labels."""
     b0_threshold: float = 100.0
     assume_ms: tuple[str, ...] = ()
     database_dir: Path | None = None

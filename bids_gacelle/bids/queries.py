@@ -17,6 +17,7 @@ QUERIES: dict[str, dict[str, Any]] = {
     "megre": {"suffix": "MEGRE", "datatype": "anat"},
     "vfa": {"suffix": "VFA", "datatype": "anat"},
     "mpm": {"suffix": "MPM", "datatype": "anat"},
+    "mts": {"suffix": "MTS", "datatype": "anat"},
     "tb1": {"suffix": "TB1map", "datatype": ["fmap", "anat"]},
     "dwi": {
         "suffix": "dwi",
@@ -28,6 +29,7 @@ QUERIES: dict[str, dict[str, Any]] = {
     "dseg": {"suffix": "dseg"},
     "noise": {"datatype": "dwi", "desc": "noise"},
     "graddev": {"suffix": "graddev", "datatype": "dwi"},
+    "voxelmap": {"suffix": "dwimap", "datatype": "dwi", "desc": None},
 }
 
 # Names as pybids (and filter files of fMRIPrep) spell them -> keys in file names.

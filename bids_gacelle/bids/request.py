@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from bids_gacelle.bids.layouts import (
     guess_layout,
     open_layout,
 )
-from bids_gacelle.bids.metadata import TIMES_IN_MS
+from bids_gacelle.bids.metadata import QUANTITIES, TIMES_IN_MS
 from bids_gacelle.bids.options import Context, Options
 from bids_gacelle.bids.queries import read_filters
 from bids_gacelle.errors import InputError
@@ -109,6 +110,19 @@ def _refuse_shared_maps(subjects: Sequence[str], options: Options) -> None:
                 "fitted. Choose one with --participant-label, or give a derivative dataset (-d) "
                 f"with a *_{beside[option]}.nii.gz for each."
             )
+    for name, template in options.voxel_maps.items():
+        unknown = set(re.findall(r"\{(.*?)\}", template)) - {"subject", "session"}
+        if unknown:
+            raise InputError(
+                f"--voxel-map {name}={template}: {{{min(unknown)}}} stands for nothing; in the "
+                "path {subject} and {session} stand for labels."
+            )
+        if "{subject}" not in template and len(subjects) > 1:
+            raise InputError(
+                f"--voxel-map {name}={template} is an image of one participant, but "
+                f"{len(subjects)} are to be fitted. Choose one with --participant-label, or write "
+                "{subject} for its label in the path."
+            )
 
 
 def _open(
@@ -120,6 +134,16 @@ def _open(
             f"--b0-threshold {options.b0_threshold:g}: the highest b-value (s/mm^2) that counts "
             "as b=0 is needed, 0 or more."
         )
+    for option, given, field in (
+        ("--field-strength", options.field_strength, "MagneticFieldStrength"),
+        ("--spoiling-increment", options.spoiling_increment, "SpoilingRFPhaseIncrement"),
+    ):
+        known = QUANTITIES[field]
+        if given is not None and not known.low <= given <= known.high:
+            raise InputError(
+                f"{option} {given:g}: a number from {known.low:g} to {known.high:g} {known.unit} "
+                "is needed."
+            )
     for field in options.assume_ms:
         if field not in TIMES_IN_MS:
             valid = ", ".join(TIMES_IN_MS)

@@ -12,7 +12,10 @@ Severity = Literal["error", "warning", "info"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One message about the input: a sentence a user can act on, and what it is about."""
+    """One message about the input: a sentence a user can act on, and what it is about.
+
+    ``series`` is the label of the series, "" where it is not about one.
+    """
 
     severity: Severity
     message: str
@@ -21,6 +24,7 @@ class Finding:
     model: str = ""
     file: str = ""
     field: str = ""
+    series: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,20 @@ class B1Map:
 
 
 @dataclass(frozen=True)
+class SecondPart:
+    """The other half of complex images, one for each image of a series, in the same order.
+
+    Beside magnitudes stands their ``phase``, beside real parts the ``imag`` parts. ``units`` of a
+    phase are "rad", "deg" or "arbitrary" (integers of the scanner, whose scale the values tell),
+    and "" where no sidecar says; those of imaginary parts are "".
+    """
+
+    part: Literal["phase", "imag"]
+    images: tuple[str, ...]
+    units: str = ""
+
+
+@dataclass(frozen=True)
 class Mask:
     """Where the mask comes from: ``option``, ``derivatives``, or ``quick`` (made by us, no image).
 
@@ -94,7 +112,11 @@ class Atlas:
 
 @dataclass(frozen=True)
 class Series:
-    """Images that belong to one fit, in order (MEGRE by echo time, VFA by flip angle)."""
+    """Images that belong to one fit, in order.
+
+    MEGRE by echo time; VFA, also with several echoes, by flip angle, then repetition time, then
+    echo time.
+    """
 
     kind: Kind
     subject: str
@@ -102,6 +124,9 @@ class Series:
     entities: dict[str, str]
     """Entities that output names keep, such as ``acq``, ``run``, ``space``."""
     images: tuple[str, ...]
+    """Magnitudes, or real parts where ``second`` holds the imaginary ones."""
+    second: SecondPart | None = None
+    """What makes the images complex; None where there are magnitudes only."""
     echo_time: Sourced | None = None
     """s, one per image."""
     flip_angle: Sourced | None = None
@@ -109,7 +134,13 @@ class Series:
     repetition_time: Sourced | None = None
     """RepetitionTimeExcitation in s, one per image."""
     dwi_runs: tuple[DwiRun, ...] = ()
+    field_strength: Sourced | None = None
+    """T, one value for all images; None where nothing says."""
+    spoiling_increment: Sourced | None = None
+    """Increment of the RF spoiling phase in degrees, one value; None where nothing says."""
     b1_map: B1Map | None = None
+    voxel_maps: dict[str, VoxelMap] = field(default_factory=dict)
+    """Further voxel inputs by name (``ff``, ``theta``, ``fo``, ``iwf``, those of users)."""
     gradient_deviation: VoxelMap | None = None
     """Nine volumes per voxel: how the diffusion gradients differ from their nominal values."""
     mask: Mask = Mask("quick")
@@ -161,6 +192,9 @@ class Plan:
     """Name of each dataset in BIDS URIs (``raw``, the ``--derivatives`` names) -> path."""
 
 
+_SOURCED = ("echo_time", "flip_angle", "repetition_time", "field_strength", "spoiling_increment")
+
+
 def to_json(value: Any) -> Any:
     """A dataclass of this module (or a list of them) as JSON-ready data."""
     if isinstance(value, list | tuple):
@@ -171,11 +205,13 @@ def to_json(value: Any) -> Any:
 def series_from_json(data: dict[str, Any]) -> Series:
     """The inverse of ``to_json`` for a Series."""
     fields = dict(data)
-    for name in ("echo_time", "flip_angle", "repetition_time"):
+    for name in _SOURCED:
         fields[name] = _sourced(fields[name])
     fields["images"] = tuple(fields["images"])
+    fields["second"] = _second_part(fields["second"])
     fields["dwi_runs"] = tuple(_dwi_run(run) for run in fields["dwi_runs"])
     fields["b1_map"] = None if fields["b1_map"] is None else B1Map(**fields["b1_map"])
+    fields["voxel_maps"] = {k: VoxelMap(**v) for k, v in fields["voxel_maps"].items()}
     fields["gradient_deviation"] = _voxel_map(fields["gradient_deviation"])
     fields["mask"] = Mask(fields["mask"]["origin"], tuple(fields["mask"]["images"]))
     fields["atlases"] = tuple(Atlas(**atlas) for atlas in fields["atlases"])
@@ -186,6 +222,10 @@ def _sourced(data: dict[str, Any] | None) -> Sourced | None:
     if data is None:
         return None
     return Sourced(tuple(data["values"]), data["unit"], tuple(data["sources"]))
+
+
+def _second_part(data: dict[str, Any] | None) -> SecondPart | None:
+    return None if data is None else SecondPart(**{**data, "images": tuple(data["images"])})
 
 
 def _dwi_run(data: dict[str, Any]) -> DwiRun:

@@ -71,6 +71,8 @@ class FitRecord:
     """DOI of the model's paper, as ``doi:10...`` or bare."""
     options: Mapping[str, Any] = field(default_factory=dict)
     shells: Mapping[str, Sequence[float] | None] | None = None
+    echoes: Mapping[str, Any] | None = None
+    """Further fields on gradient-echo signals: parts, phase, weights, spoiling, B1 map."""
     model_file: str = ""
     """Name and digest of the user's file that defines the model, "" for installed ones."""
 
@@ -102,6 +104,7 @@ def map_sidecar(
         "EstimationReference": _doi(record.reference),
         "Model": _model(record),
         **_acquisition(record),
+        **(record.echoes or {}),
         **_preprocessing(record.series),
         "FitDevice": settings.get("device"),
         "FitPrecision": settings.get("precision"),
@@ -217,6 +220,9 @@ def _acquisition(record: FitRecord) -> dict[str, Any]:
     # BIDS allows this field one number only
     key = "RepetitionTimeExcitation" + ("PerImage" if isinstance(repetition, list) else "")
     found[key] = repetition
+    if series.field_strength is not None:
+        found["MagneticFieldStrength"] = _constant(series.field_strength)
+    found["SpoilingRFPhaseIncrement"] = _constant(series.spoiling_increment)
     if record.shells is not None:
         shells = {name: _listed(values) for name, values in record.shells.items()}
         found["BValues"] = shells.get("b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,39 @@ def milliseconds(text: str) -> float:
     if not 0 < value < 1000:
         raise argparse.ArgumentTypeError(f"'{text}' is not between 0 and 1000 ms")
     return value
+
+
+def tesla(text: str) -> float:
+    """A field strength such as ``3`` or ``3T``, in T."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*T?\s*", text, flags=re.IGNORECASE)
+    try:
+        value = float(match[1]) if match else 0.0
+    except ValueError:
+        value = 0.0
+    if not 0.02 <= value <= 20:
+        raise argparse.ArgumentTypeError(f"'{text}': write a field strength in T, such as 3")
+    return value
+
+
+def degrees(text: str) -> float:
+    """An increment of the RF phase, such as ``50`` or ``117deg``, in degrees."""
+    try:
+        value = float(text.strip().lower().removesuffix("deg"))
+    except ValueError:
+        value = math.nan
+    if not 4 <= value < 360:
+        raise argparse.ArgumentTypeError(f"'{text}': write an angle from 4 to 360 degrees")
+    return value
+
+
+def voxel_map(text: str) -> tuple[str, str]:
+    """``input=path``; the path may hold {subject} and {session}, else it must be there."""
+    name, found, path = text.partition("=")
+    if not (found and path and re.fullmatch(r"[A-Za-z]\w*", name)):
+        raise argparse.ArgumentTypeError(f"'{text}': write INPUT=PATH, e.g. theta=theta.nii.gz")
+    if "{" in path:
+        return name, str(any_path(path))
+    return name, str(existing_path(path))
 
 
 def gigabytes(text: str) -> float:

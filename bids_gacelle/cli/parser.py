@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="participant: fit and report; group: merge the ROI tables of all participants",
     )
     parser.add_argument("--version", action="version", version=f"bids-gacelle {__version__}")
-    for add_group in (_select, _inputs, _fit, _resources, _run):
+    for add_group in (_select, _inputs, _acquisition, _fit, _resources, _run):
         add_group(parser)
     return parser
 
@@ -101,7 +101,8 @@ def _select(parser: argparse.ArgumentParser) -> None:
         "--bids-filter-file",
         type=argtypes.existing_path,
         metavar="FILE",
-        help="JSON with entities per query: megre, vfa, mpm, tb1, dwi, mask, dseg, noise, graddev",
+        help="JSON with entities per query: megre, vfa, mpm, mts, tb1, dwi, mask, dseg, noise, "
+        "graddev, voxelmap",
     )
     group.add_argument(
         "--dry-run",
@@ -156,6 +157,33 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         help="fit all dwi runs of a session together (each normalised by its own b0)",
     )
     group.add_argument(
+        "--voxel-map",
+        nargs="+",
+        action="extend",
+        type=argtypes.voxel_map,
+        metavar="INPUT=PATH",
+        help="map of a voxel input of a model in the space of its images, such as theta, ff or "
+        "b1; {subject} and {session} in the path stand for labels",
+    )
+    group.add_argument(
+        "--ignore",
+        nargs="+",
+        action="extend",
+        choices=("tb1", "noise", "graddev", "phase"),
+        help="leave out an input that is there: the B1 map, noise map, gradient deviations, or "
+        "the phase of gradient echoes",
+    )
+    group.add_argument(
+        "--bids-database-dir",
+        type=argtypes.any_path,
+        metavar="DIR",
+        help="keep the index of the dataset here (made when missing)",
+    )
+
+
+def _acquisition(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the acquisition, in place of what sidecars say")
+    group.add_argument(
         "--small-delta", type=argtypes.milliseconds, metavar="TIME", help="pulse duration, 6ms"
     )
     group.add_argument(
@@ -175,6 +203,19 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         "bvec, and times in place of those in their sidecars",
     )
     group.add_argument(
+        "--field-strength",
+        type=argtypes.tesla,
+        metavar="T",
+        help="of the gradient echoes, in T (default: MagneticFieldStrength of their sidecars)",
+    )
+    group.add_argument(
+        "--spoiling-increment",
+        type=argtypes.degrees,
+        metavar="DEGREES",
+        help="by which the RF phase grows from pulse to pulse (default: "
+        "SpoilingRFPhaseIncrement of the sidecars)",
+    )
+    group.add_argument(
         "--b0-threshold",
         type=float,
         metavar="B",
@@ -188,17 +229,10 @@ def _inputs(parser: argparse.ArgumentParser) -> None:
         help="read these metadata fields in ms although BIDS says s, e.g. EchoTime",
     )
     group.add_argument(
-        "--ignore",
-        nargs="+",
-        action="extend",
-        choices=("tb1", "noise", "graddev"),
-        help="leave out an input that is there: the B1 map, noise map or gradient deviations",
-    )
-    group.add_argument(
-        "--bids-database-dir",
-        type=argtypes.any_path,
-        metavar="DIR",
-        help="keep the index of the dataset here (made when missing)",
+        "--phase-sign",
+        choices=CHOICES["phase_sign"],
+        help="whether the phase of the images grows (positive, default) or falls (negative) with "
+        "echo time where the field is higher; scanners differ",
     )
 
 
@@ -357,7 +391,7 @@ def settings_from(namespace: argparse.Namespace) -> Settings:
     for name in ("participant_label", "session_label", "models"):
         if name in given:
             given[name] = list(dict.fromkeys(x for part in given[name] for x in part))
-    for name in ("derivatives", "atlas", "dataset_link"):
+    for name in ("derivatives", "atlas", "dataset_link", "voxel_map"):
         if name in given:
             given[name] = _unique(name, given[name])
     if "model_options" in given:

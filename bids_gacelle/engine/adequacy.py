@@ -31,6 +31,9 @@ UNDETERMINED = "not determined by this protocol"
 # Directions in the space of parameters along which the signals change less than this, relative to
 # the most telling direction, are lost in the rounding of any fit (single precision has 6e-8).
 _LEAST_CHANGE = 1e-6
+
+ROUNDING = 1e-11
+"""As `_LEAST_CHANGE`, of what no precision could tell: fewer measurements than parameters."""
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -139,11 +142,13 @@ def expected_sd(
     return _expectations(kernel, tissues, position, (sd, posterior, shares), full)
 
 
-def independent_measurements(model: SignalModel) -> int:
+def independent_measurements(model: SignalModel, least_change: float = _LEAST_CHANGE) -> int:
     """Return the number of independent measurements that the protocol gives of the parameters.
 
     That is the largest rank of the derivatives of the signals by the parameters over the typical
-    tissues and some points of the start boxes; never more than there are parameters.
+    tissues and some points of the start boxes; never more than there are parameters. Directions
+    along which signals change less than `least_change`, relative to the most telling one, do not
+    count.
     """
     kernel = _kernel(model)
     typical = _positions(kernel, _tissues(model))
@@ -153,10 +158,10 @@ def independent_measurements(model: SignalModel) -> int:
     low, high = torch.tensor(kernel.box, dtype=torch.float64).unbind(1)
     probes = low[:, None] + (high - low)[:, None] * share
     probes = torch.where(kernel.width.isnan(), typical[:, :1], probes)
-    return int(_ranks(kernel, torch.cat((typical, probes), 1)).max())
+    return int(_ranks(kernel, torch.cat((typical, probes), 1), least_change).max())
 
 
-def _ranks(kernel: Kernel, position: Tensor) -> Tensor:
+def _ranks(kernel: Kernel, position: Tensor, least_change: float = _LEAST_CHANGE) -> Tensor:
     """Return the rank of the Jacobian, in widths of the start boxes, at positions (P, points).
 
     Where a derivative is not a finite number, nothing speaks against any parameter.
@@ -165,7 +170,7 @@ def _ranks(kernel: Kernel, position: Tensor) -> Tensor:
     jacobian = (torch.stack(columns) * _widths(kernel, position)[:, None]).movedim(-1, 0)
     finite = jacobian.isfinite().all(-1).all(-1)
     singular = torch.linalg.svdvals(torch.where(finite[:, None, None], jacobian, 0.0))
-    ranks = (singular > _LEAST_CHANGE * singular[:, :1]).sum(1)
+    ranks = (singular > least_change * singular[:, :1]).sum(1)
     return torch.where(finite, ranks, len(position))
 
 
@@ -232,15 +237,17 @@ def sentences(
     return said
 
 
-def undetermined(model: SignalModel) -> str:
+def undetermined(model: SignalModel, least_change: float = _LEAST_CHANGE) -> str:
     """Say that the measurements are too few, or too alike, for the parameters; "" if they are not.
 
     Parameters
     ----------
     model
         With its acquisition.
+    least_change
+        As in `independent_measurements`.
     """
-    rank, wanted = independent_measurements(model), len(model.parameters)
+    rank, wanted = independent_measurements(model, least_change), len(model.parameters)
     if rank == wanted:
         return ""
     plural = "s" if rank != 1 else ""

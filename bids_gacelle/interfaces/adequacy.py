@@ -13,8 +13,9 @@ from bids_gacelle.bids.series import Finding, Job, Series
 from bids_gacelle.engine import EngineError, SignalModel, adequacy
 from bids_gacelle.engine.scheme import Scheme
 from bids_gacelle.errors import InputError
-from bids_gacelle.interfaces.models import model_class, split_options
-from bids_gacelle.interfaces.prepare import acquired, measurements_of
+from bids_gacelle.interfaces.models import model_class
+from bids_gacelle.interfaces.prepare import acquired, measurements_of, options_of
+from bids_gacelle.interfaces.units import MapUnit, map_units
 from bids_gacelle.settings import Settings
 
 MOST_VOXELS = 50_000
@@ -66,7 +67,7 @@ class _Judge:
         self.settings = settings
         self._series: Series | None = None
         self._acquired: dict[str, Any] = {}
-        self._known: dict[tuple[str, str], Doubt | None] = {}
+        self._known: dict[tuple[str, str, str], Doubt | None] = {}
 
     def doubt(self, job: Job) -> Doubt | None:
         """What speaks against a job; None also where its preparation will say what is wrong."""
@@ -79,19 +80,22 @@ class _Judge:
         if not self._acquired:
             return None
         try:
+            own = options_of(job.model, self.settings, self._acquired)
             _, scheme, _ = measurements_of(job.model, self.settings, self._acquired)
         except (EngineError, InputError) as error:
             return Doubt(str(error).rstrip("."), can_be_fitted=False)
-        key = (job.model, repr(scheme))
+        key = (job.model, repr(scheme), repr(own))
         if key not in self._known:
-            self._known[key] = self._ask(job.model, scheme)
+            self._known[key] = self._ask(job.model, scheme, own)
         return self._known[key]
 
-    def _ask(self, name: str, scheme: Scheme) -> Doubt | None:
-        given = self.settings.model_options.get(name, {})
-        own, _ = split_options(name, given, self.settings.solver)
+    def _ask(self, name: str, scheme: Scheme, own: dict[str, Any]) -> Doubt | None:
         try:
-            lost = adequacy.undetermined(model_class(name, self.settings)(scheme, **own))
+            model = model_class(name, self.settings)(scheme, **own)
+            # sums of decays are hard to tell apart by any number of echoes: that is said with the
+            # standard deviations to expect, and no reason to refuse the customary protocols
+            least = {} if model.kind == "dwi" else {"least_change": adequacy.ROUNDING}
+            lost = adequacy.undetermined(model, **least)
         except EngineError as error:
             return Doubt(str(error).rstrip("."), can_be_fitted=False)
         return Doubt(lost, can_be_fitted=True) if lost else None
@@ -109,11 +113,13 @@ def protocol_adequacy(
         well), expected (a row for each tissue and quantity; None where there is no number).
     """
     measured, _, rows = measurements_of(model.name, settings, prepared)
-    noise = _noise(model, measured, rows)
+    noise = _noise(model, prepared, measured, rows)
     assumed = noise is None
     sigma = adequacy.assumed_sigma(model) if noise is None else noise
-    scale = None if assumed else _median(measured["scale_sigma"])
-    groups = None if assumed else np.asarray(measured["scale_group"])[rows]
+    units = map_units(model)
+    shared = not assumed and "scale_sigma" in measured
+    scale = _median(measured["scale_sigma"]) if shared else None
+    groups = np.asarray(measured["scale_group"])[rows] if shared else None
     found = adequacy.expected_sd(
         model,
         sigma,
@@ -121,6 +127,7 @@ def protocol_adequacy(
         scale_group=None if groups is None else groups[: model.n_measurements],
         prior=settings.prior,
     )
+    found = [_in_map_unit(row, units) for row in found]
     snr = adequacy.image_snr(model, sigma)
     return {
         "snr": float(f"{snr:.3g}"),
@@ -132,11 +139,30 @@ def protocol_adequacy(
     }
 
 
-def _noise(model: SignalModel, measured: dict[str, Any], rows: Any) -> np.ndarray | None:
+def _in_map_unit(row: adequacy.Expectation, units: dict[str, MapUnit]) -> adequacy.Expectation:
+    """What is expected of a quantity, in the unit of its map."""
+    unit, factor = units[row.parameter]
+    if factor == 1:
+        return row
+    value, sd, posterior = (factor * v for v in (row.value, row.sd, row.posterior_sd))
+    return replace(row, unit=unit, value=value, sd=sd, posterior_sd=posterior)
+
+
+def _noise(
+    model: SignalModel, prepared: dict[str, Any], measured: dict[str, Any], rows: Any
+) -> np.ndarray | None:
     """Median noise of each measurement over the voxels; None where it is not known.
 
-    It is infinite for measurements that are left out.
+    It is infinite for measurements that are left out, and relative to the largest signal of
+    gradient echoes, which are in a unit of their own.
     """
+    if model.kind != "dwi":
+        if "noise_level" not in prepared:
+            return None
+        largest = float(_median(measured["signals"])[rows].max())
+        if not largest > 0:
+            return None
+        return np.full(model.n_measurements, prepared["noise_level"] / largest)
     if not measured["sigma"]:
         return None
     sigma = _median(measured["sigma"])[rows][: model.n_measurements]

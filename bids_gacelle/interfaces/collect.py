@@ -12,8 +12,11 @@ from nipype.interfaces.base import TraitedSpec, traits
 
 from bids_gacelle.bids.gradients import read_gradients
 from bids_gacelle.bids.series import Series, series_from_json
+from bids_gacelle.engine import EngineError
+from bids_gacelle.engine.prepare import excitations, phase_scale
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
+from bids_gacelle.interfaces.gradient_echo import gradient_echo_scheme, uses_phases
 from bids_gacelle.interfaces.provenance import input_digests
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes
@@ -22,7 +25,10 @@ from bids_gacelle.spatial.motion import displacement
 
 
 class _CollectOutputSpec(TraitedSpec):
-    collected = traits.Dict(desc="volumes, reference (paths), reference_label, warnings, digests")
+    collected = traits.Dict(
+        desc="volumes, phases, reference (paths), reference_label, phase_unit or phase_error, "
+        "warnings, digests"
+    )
 
 
 class Collect(Step):
@@ -32,18 +38,31 @@ class Collect(Step):
     output_spec = _CollectOutputSpec
 
     def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
-        """Store the volumes (n, x, y, z) as float32, and the image that shows the anatomy."""
+        """Store the volumes (n, x, y, z) as float32, and the image that shows the anatomy.
+
+        Of complex images, ``phases`` are the phases in rad of the same shape, and the volumes
+        their magnitudes.
+        """
         series = series_from_json(self.inputs.series)
         loaded = load_volumes(series.images or [run.image for run in series.dwi_runs])
         image = loaded[0][0]
         volumes = _stacked([data for _, data in loaded])
+        warnings: list[str] = []
+        phases: dict[str, str] = {}
+        if series.second is not None and (
+            uses_phases(series, settings) or series.second.part == "imag"
+        ):
+            volumes, turned, phases, warnings = _complex(series, volumes)
+            if turned is not None:
+                np.save(cwd / "phases.npy", turned)
+                phases["phases"] = str(cwd / "phases.npy")
         label, compared = _anatomy(series, volumes, settings.b0_threshold)
         reference = nib.Nifti1Image(compared[0][1], image.affine, image.header)
         nib.save(reference, cwd / "reference.nii.gz")
         np.save(cwd / "volumes.npy", volumes)
         zooms = nib.affines.voxel_sizes(image.affine)
         moved = [m for m in displacement([v for _, v in compared], zooms) if m.warning]
-        warnings = [
+        warnings += [
             f"{compared[m.index][0]} {m.warning} (compared with {compared[0][0]})" for m in moved
         ]
         for warning in warnings:
@@ -51,6 +70,7 @@ class Collect(Step):
         return {
             "collected": {
                 "volumes": str(cwd / "volumes.npy"),
+                **phases,
                 "reference": str(cwd / "reference.nii.gz"),
                 "reference_label": label,
                 "warnings": warnings,
@@ -74,7 +94,10 @@ class MakeMask(Step):
     output_spec = _MaskOutputSpec
 
     def work(self, settings: Settings, cwd: Path) -> dict[str, Any]:
-        """Intersect the given masks, or make a quick one, and drop voxels without signal."""
+        """Intersect the given masks, or make a quick one of the voxels with signal.
+
+        Voxels of a given mask stay in it without a signal, where the fit calls them unusable.
+        """
         series = series_from_json(self.inputs.series)
         reference = reference_image(self.inputs.collected)
         signal = np.asarray(reference.dataobj, dtype=np.float32)
@@ -82,8 +105,7 @@ class MakeMask(Step):
             mask = np.logical_and.reduce([load_mask(p, reference) for p in series.mask.images])
         else:
             mask = quick_mask(signal)
-        mask &= np.isfinite(signal) & (signal > 0)
-        if not mask.any():
+        if not (mask & np.isfinite(signal) & (signal > 0)).any():
             where = ", ".join(series.mask.images) or "made from the signal"
             raise InputError(
                 f"sub-{series.subject} {series.label}: the mask ({where}) holds no voxel with "
@@ -112,6 +134,41 @@ def _stacked(images: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32, copy=False)
 
 
+def _complex(
+    series: Series, volumes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None, dict[str, str], list[str]]:
+    """Magnitudes and phases in rad of complex images, what to say of the phases, and doubts.
+
+    The phases are those of the scanner: nothing is said of their sign. Without a known scale
+    there are none, and ``phase_error`` says why.
+    """
+    second = series.second
+    assert second is not None
+    others = _stacked([data for _, data in load_volumes(second.images)])
+    if others.shape != volumes.shape:
+        raise InputError(
+            f"{second.images[0]} and the other {second.part} images have the shape "
+            f"{others.shape[1:]}, the images beside them {volumes.shape[1:]}; convert them again, "
+            "or pass --ignore phase."
+        )
+    if second.part == "imag":
+        return np.hypot(volumes, others), np.arctan2(others, volumes), {}, []
+    # a background that was masked has the phase 0, or the lowest integer
+    inside = [phase[magnitude > 0] for phase, magnitude in zip(others, volumes, strict=True)]
+    names = f"{Path(second.images[0]).name}, ..."
+    try:
+        scale = phase_scale(inside, second.units)
+    except EngineError as error:
+        problem = f"the phase images {names} cannot be used: {error}"
+        return volumes, None, {"phase_error": problem}, [f"{problem}. Magnitudes alone are fitted"]
+    said = f"the phase images {names} are taken for {scale.text}"
+    if not scale.assumed:  # else a warning
+        LOGGER.info("sub-%s %s: %s", series.subject, series.label, said)
+    others -= np.float32(scale.zero)
+    others *= np.float32(scale.factor)
+    return volumes, others, {"phase_unit": scale.text}, [said] if scale.assumed else []
+
+
 def _anatomy(
     series: Series, volumes: np.ndarray, b0_threshold: float
 ) -> tuple[str, list[tuple[str, np.ndarray]]]:
@@ -129,5 +186,9 @@ def _anatomy(
     images = list(zip(files, volumes, strict=True))
     if series.kind == "megre":
         return "first echo", images
-    # the largest flip angle is the most T1-weighted: the best picture to judge a mask on
-    return "largest flip angle", images[::-1]
+    # the largest flip angle is the most T1-weighted: the best picture to judge a mask on; echoes
+    # of one excitation cannot move against each other
+    trains = excitations(gradient_echo_scheme(series))
+    firsts = np.unique(trains, return_index=True)[1]
+    label = "largest flip angle" + ", first echo" * (len(firsts) < len(images))
+    return label, [images[i] for i in firsts[::-1]]

@@ -20,15 +20,18 @@ from bids_gacelle.engine import (
     EngineError,
     FitInterrupted,
     FitResult,
+    GradientEchoScheme,
     Progress,
     fit,
 )
+from bids_gacelle.engine.prepare.echoes import RULES, first_echo_weights, implausible
+from bids_gacelle.engine.result import FLAG_IMPLAUSIBLE
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.adequacy import protocol_adequacy
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
-from bids_gacelle.interfaces.models import model_class, split_options
+from bids_gacelle.interfaces.models import echo_options, model_class, split_options
 from bids_gacelle.interfaces.plots import example_voxels, plot_axes
-from bids_gacelle.interfaces.prepare import measurements_of
+from bids_gacelle.interfaces.prepare import fallback, measurements_of, options_of
 from bids_gacelle.settings import Settings
 
 PILOT_VOXELS = 1024
@@ -72,6 +75,10 @@ class FitModel(Step):
         title = f"sub-{series.subject} {series.label} {name}".replace("  ", " ")
         try:
             model, data = build_model(name, settings, prepared)
+            if said := fallback(name, settings, prepared):
+                LOGGER.warning("%s: %s", title, said)
+            if settings.noise == "rician" and _is_complex(model):
+                LOGGER.info("%s: complex signals have Gaussian noise.", title)
             call = _fit_call(model, settings, prepared)
             suited = protocol_adequacy(model, prepared, settings)
             for sentence in suited["sentences"]:
@@ -86,7 +93,11 @@ class FitModel(Step):
             result.settings["peak_vram_gb"] = torch.cuda.max_memory_allocated() / 1e9
         result.settings["adequacy"] = suited
         _log_outcome(title, result)
-        arrays: dict[str, Any] = {"flags": result.flags, "nrmse": result.nrmse}
+        flags, broken = _flag_implausible(model, settings, prepared, result.flags)
+        for rule, share in broken.items():
+            LOGGER.info("%s: %.1f %% of the voxels are flagged for %s", title, 100 * share, rule)
+        result.settings["echoes"] = _echo_settings(model, settings, broken)
+        arrays: dict[str, Any] = {"flags": flags, "nrmse": result.nrmse}
         if result.chi2 is not None:
             arrays["chi2"] = result.chi2
         arrays |= {f"map_{k}": v for k, v in result.maps.items()}
@@ -98,6 +109,7 @@ class FitModel(Step):
             "fitted": {
                 "file": str(cwd / "fit.npz"),
                 "settings": result.settings,
+                "phase_unit": prepared.get("phase_unit", ""),
                 "plot": plot_axes(model),
                 "examples": example_voxels(model, data, inputs, result, mask),
             }
@@ -106,9 +118,8 @@ class FitModel(Step):
 
 def build_model(name: str, settings: Settings, prepared: dict[str, Any]) -> tuple[Any, np.ndarray]:
     """The model for the prepared scheme, and the rows of the signals that it describes."""
-    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
     measured, scheme, rows = measurements_of(name, settings, prepared)
-    model = model_class(name, settings)(scheme, **own)
+    model = model_class(name, settings)(scheme, **options_of(name, settings, prepared))
     # Invariants follow each other by order, so a model of a lower l_max takes the first ones.
     signals = np.load(measured["signals"], mmap_mode="r")[rows]
     if model.n_measurements > len(signals):
@@ -139,6 +150,9 @@ def _fit_call(
     if sigma is None and "weights" in measured:  # sigma tells all that they do
         weights = np.asarray(measured["weights"])[rows][: model.n_measurements]
         weights = None if np.ptp(weights) == 0 else weights
+    elif (weighted := echo_weights(model, settings, prepared)) is not None:
+        weights = weighted
+    noise = "gaussian" if _is_complex(model) else settings.noise
 
     def call(data: np.ndarray, voxels: slice, progress: Any) -> FitResult:
         return fit(
@@ -147,10 +161,10 @@ def _fit_call(
             sigma=None if sigma is None else sigma[: len(data), voxels],
             scale_sigma=None if scale is None else scale[:, voxels],
             scale_group=None if group is None else group[: len(data)],
-            weights=weights,
+            weights=weights if weights is None or weights.ndim == 1 else weights[:, voxels],
             inputs={k: v[voxels] for k, v in inputs.items()},
             solver=settings.solver,
-            noise=settings.noise,
+            noise=noise,
             loss=settings.loss,
             prior=settings.prior,
             device=settings.device,
@@ -161,6 +175,64 @@ def _fit_call(
         )
 
     return call
+
+
+def _is_complex(model: Any) -> bool:
+    """Whether real and imaginary parts of gradient echoes are fitted."""
+    return bool(model.kind != "dwi" and model.n_measurements > len(model.scheme))
+
+
+def echo_weights(model: Any, settings: Settings, prepared: dict[str, Any]) -> np.ndarray | None:
+    """Weights (measurements, voxels) of gradient echoes where they are asked for."""
+    if model.kind == "dwi":
+        return None
+    asked = echo_options(model.name, settings.model_options.get(model.name, {}))
+    if not asked.weighted:
+        return None
+    magnitudes, scheme = _magnitudes(model, settings, prepared)
+    weights = first_echo_weights(magnitudes, scheme, float(asked.weighting_power))
+    return np.tile(weights, (model.n_measurements // len(scheme), 1))
+
+
+def _magnitudes(
+    model: Any, settings: Settings, prepared: dict[str, Any]
+) -> tuple[np.ndarray, GradientEchoScheme]:
+    """Magnitudes of the images that a model of gradient echoes is fitted to."""
+    _, scheme, rows = measurements_of(model.name, settings, prepared)
+    assert isinstance(scheme, GradientEchoScheme)
+    if not isinstance(rows, slice):
+        rows = rows[: len(scheme)]
+    return np.load(prepared["signals"], mmap_mode="r")[rows], scheme
+
+
+def _flag_implausible(
+    model: Any, settings: Settings, prepared: dict[str, Any], flags: np.ndarray
+) -> tuple[np.ndarray, dict[str, float]]:
+    """The flags with those of voxels that break a rule, and the share of voxels by rule."""
+    if model.kind == "dwi":
+        return flags, {}
+    if not echo_options(model.name, settings.model_options.get(model.name, {})).plausibility:
+        return flags, {}
+    magnitudes, scheme = _magnitudes(model, settings, prepared)
+    b1 = prepared["inputs"].get("b1")
+    rules = model.plausibility or tuple(RULES)
+    broken = implausible(magnitudes, scheme, rules, None if b1 is None else np.load(b1))
+    any_rule = np.logical_or.reduce(list(broken.values()))
+    flags = flags | (any_rule * np.uint8(FLAG_IMPLAUSIBLE)).astype(flags.dtype)
+    return flags, {RULES[rule]: float(voxels.mean()) for rule, voxels in broken.items()}
+
+
+def _echo_settings(model: Any, settings: Settings, broken: dict[str, float]) -> dict[str, Any]:
+    """How the echoes were weighted and judged, for the sidecars."""
+    if model.kind == "dwi":
+        return {}
+    asked = echo_options(model.name, settings.model_options.get(model.name, {}))
+    found: dict[str, Any] = {}
+    if asked.weighted:
+        found["weighting"] = f"(S(TE) / S(TE1))^{asked.weighting_power:g} of each flip angle"
+    if broken:
+        found["implausible"] = {rule: float(f"{share:.4g}") for rule, share in broken.items()}
+    return found
 
 
 def _announce(title: str, call: Callable[..., FitResult], data: np.ndarray) -> None:

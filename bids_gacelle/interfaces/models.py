@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from bids_gacelle.bids.options import ModelNeeds
@@ -13,7 +14,33 @@ from bids_gacelle.engine.device import resolve_devices
 from bids_gacelle.engine.solvers import check_solver_options, solver_options
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.model_files import model_file
+from bids_gacelle.interfaces.units import map_unit
 from bids_gacelle.settings import Settings
+
+WEIGHTINGS = ("none", "first-echo")
+"""How the echoes of gradient-echo data can be weighted."""
+
+
+@dataclass(frozen=True)
+class EchoOptions:
+    """What ``--set`` says of the data of a model of gradient echoes, not of model or solver.
+
+    ``weighting`` "first-echo" weighs each image by its magnitude relative to the first echo of
+    its flip angle, to the power ``weighting_power``. ``plausibility`` flags (and does not leave
+    out) voxels that break a rule; by default where the model names rules.
+    """
+
+    weighting: str = "none"
+    weighting_power: float = 1.0
+    plausibility: bool = False
+
+    @property
+    def weighted(self) -> bool:
+        """Whether echoes have different weights."""
+        return self.weighting == "first-echo"
+
+
+ECHO_OPTIONS = tuple(f.name for f in fields(EchoOptions))
 
 
 def get_model(name: str) -> type[SignalModel]:
@@ -41,7 +68,8 @@ def model_class(name: str, settings: Settings) -> type[SignalModel]:
     model = get_model(name)
     if not settings.fit_undetermined:
         return model
-    return type(model.__name__, (model,), {"minimum_measurements": 1})
+    relaxed = {"minimum_measurements": 1, "minimum_flip_angles": 1}
+    return type(model.__name__, (model,), relaxed)
 
 
 def select_models(names: Iterable[str], solver: str = "lm") -> tuple[str, ...]:
@@ -81,6 +109,10 @@ def split_options(
     """
     known = get_model(model).options
     tuning = [name for name in ("starts", *solver_options(solver)) if name not in known]
+    if get_model(model).kind != "dwi":
+        echo_options(model, options)
+        tuning += ECHO_OPTIONS
+        options = {k: v for k, v in options.items() if k not in ECHO_OPTIONS}
     for name in options:
         if name not in known and name not in tuning:
             have = ", ".join([*known, *tuning])
@@ -99,6 +131,29 @@ def split_options(
     return own, starts | ({"options": rest} if rest else {})
 
 
+def echo_options(model: str, options: Mapping[str, Any]) -> EchoOptions:
+    """The options of the data of a model of gradient echoes.
+
+    Raises
+    ------
+    InputError
+        A value is not allowed.
+    """
+    given = {k: v for k, v in options.items() if k in ECHO_OPTIONS}
+    chosen = EchoOptions(**{"plausibility": bool(get_model(model).plausibility), **given})
+    power = chosen.weighting_power
+    number = isinstance(power, int | float) and not isinstance(power, bool) and power >= 0
+    for right, name, wanted in (
+        (chosen.weighting in WEIGHTINGS, "weighting", " or ".join(WEIGHTINGS)),
+        (number, "weighting_power", "a number of at least 0"),
+        (isinstance(chosen.plausibility, bool), "plausibility", "true or false"),
+    ):
+        if not right:
+            value = getattr(chosen, name)
+            raise InputError(f"--set {model}.{name}: it can be {wanted}, not {value!r}.")
+    return chosen
+
+
 def check_options(
     models: Iterable[str], options: Mapping[str, Mapping[str, Any]], solver: str = "lm"
 ) -> None:
@@ -113,13 +168,19 @@ def check_options(
 def needs_of(name: str, settings: Settings) -> ModelNeeds:
     """What discovery must find for a model."""
     model = model_class(name, settings)
+    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
     return ModelNeeds(
         name=name,
         kind=model.kind,
         needs_diffusion_times=model.needs_diffusion_times,
         minimum_measurements=model.minimum_measurements,
+        minimum_flip_angles=model.minimum_flip_angles,
         minimum_echo_times=model.minimum_echo_times,
         takes_gradient_deviation="bscale" in model.voxel_inputs,
+        columns=model.required,
+        voxel_inputs=model.voxel_inputs,
+        needed_inputs=model.needed_inputs(own),
+        default_spoiling=(model.options | own).get("spoiling_increment"),
     )
 
 
@@ -128,7 +189,10 @@ def describe_models() -> str:
     lines = []
     for name in list_models():
         model = get_model(name)
-        parameters = ", ".join(f"{p.name} [{p.unit}]" for p in (*model.parameters, *model.derived))
+        parameters = ", ".join(
+            f"{p.name} [{map_unit(p, field_strength=1.0).unit}]"
+            for p in (*model.parameters, *model.derived)
+        )
         needs = (
             f"{model.kind}, at least {model.minimum_measurements} "
             + ({"megre": "echoes", "vfa": "flip angles", "dwi": "shells"}[model.kind])
@@ -137,7 +201,10 @@ def describe_models() -> str:
             needs += " with known pulse duration and separation"
         if model.minimum_echo_times > 1:
             needs += f", at least {model.minimum_echo_times} echo times"
-        options = ", ".join(f"{k}={v}" for k, v in model.options.items()) or "none"
+        known = dict(model.options)
+        if model.kind != "dwi":
+            known |= vars(echo_options(name, {}))
+        options = ", ".join(f"{k}={v}" for k, v in known.items()) or "none"
         given = model_file(name)
         lines += [
             f"{name}: {model.title}" + (f" ({given[0]})" if given else ""),

@@ -8,12 +8,10 @@ import numpy as np
 import torch
 
 from bids_gacelle.engine import EngineError, FitResult
-from bids_gacelle.engine.prepare import unevenness
+from bids_gacelle.engine.prepare import excitations, unevenness
+from bids_gacelle.interfaces.units import in_map_units, map_units
 
 CURVE_POINTS = 80
-ABSCISSA = {"megre": ("echo_time", 1000.0), "vfa": ("flip_angle", 1.0), "dwi": ("b", 1.0)}
-"""Column of the scheme that signals are drawn over, and its factor to the unit drawn."""
-
 UNUSABLE = 4 | 8 | 32
 """Flags of voxels that are not shown as examples: no estimate to show."""
 
@@ -48,20 +46,47 @@ class Smooth(NamedTuple):
 def plot_axes(model: Any) -> dict[str, Any]:
     """Abscissa, labels and group of every measurement of a model."""
     scheme = model.scheme
-    name, per_unit = ABSCISSA[model.kind]
-    orders = model.n_measurements // len(scheme)
-    shells = timing_groups(scheme)
-    labels = [f"S{2 * k} {g}".strip() if k else g for k in range(orders) for g in shells]
+    parts = model.n_measurements // len(scheme)
+    name, per_unit, label = _abscissa(model)
+    if model.kind == "dwi":
+        shells = timing_groups(scheme)
+        labels = [f"S{2 * k} {g}".strip() if k else g for k in range(parts) for g in shells]
+    else:
+        trains = train_groups(scheme) if name == "echo_time" else [""] * len(scheme)
+        words = ("real", "imaginary") if parts == 2 else ("",)
+        labels = [", ".join(filter(None, (g, part))) for part in words for g in trains]
     return {
-        "x": np.tile(scheme.columns()[name] * per_unit, orders).tolist(),
-        "x_label": {
-            "megre": "Echo time (ms)",
-            "vfa": "Flip angle (degrees)",
-            "dwi": "b (ms/um^2)",
-        }[model.kind],
+        "x": np.tile(scheme.columns()[name] * per_unit, parts).tolist(),
+        "x_label": label,
         "y_label": "Signal relative to b = 0" if model.kind == "dwi" else "Signal",
         "groups": labels,
     }
+
+
+def _abscissa(model: Any) -> tuple[str, float, str]:
+    """Column of the scheme that signals are drawn over, factor to the unit drawn, and label."""
+    if model.kind == "dwi":
+        return "b", 1.0, "b (ms/um^2)"
+    if model.scheme.echo_time is not None and np.bincount(excitations(model.scheme)).max() > 1:
+        return "echo_time", 1000.0, "Echo time (ms)"
+    return "flip_angle", 1.0, "Flip angle (degrees)"
+
+
+def train_groups(scheme: Any) -> list[str]:
+    """What sets the images of each echo train apart: flip angle, and TR where it differs."""
+    trains = excitations(scheme)
+    if trains.max() == 0:
+        return [""] * len(scheme)
+    words: list[list[str]] = [[] for _ in range(len(scheme))]
+    for name, form, factor in (
+        ("flip_angle", "{:g}°", 1.0),
+        ("repetition_time", "TR {:g} ms", 1e3),
+    ):
+        values = scheme.columns()[name]
+        if values is not None and (name == "flip_angle" or np.ptp(values) > 0):
+            for entry, value in zip(words, values, strict=True):
+                entry.append(form.format(value * factor))
+    return [", ".join(entry) for entry in words]
 
 
 def timing_groups(scheme: Any) -> list[str]:
@@ -136,12 +161,18 @@ def example_voxels(
                 "data": np.asarray(data[:, voxel], float).tolist(),
                 "fit": _signal(model, values, one)[:, 0].tolist(),
                 "curves": _curves(smooth, values, one),
-                "values": {k: float(v[voxel]) for k, v in result.maps.items()},
-                "std": {k: float(v[voxel]) for k, v in result.std.items()},
+                "values": _at(result.maps, voxel, model),
+                "std": _at(result.std, voxel, model),
                 "nrmse": float(result.nrmse[voxel]),
             }
         )
     return examples
+
+
+def _at(maps: dict[str, np.ndarray], voxel: int, model: Any) -> dict[str, float]:
+    """Values of a voxel in the units of the maps."""
+    values = {k: float(v[voxel]) for k, v in maps.items()}
+    return {k: float(v) for k, v in in_map_units(values, model).items()}
 
 
 def decays(
@@ -200,13 +231,14 @@ def obtained_sd(
 ) -> dict[str, dict[str, list[float]]]:
     """Median standard deviation in the map, and the share of voxels that have one.
 
-    By tissue and quantity; of an amplitude relative to its value.
+    By tissue and quantity, in the units of the maps; of an amplitude relative to its value.
     """
     found: dict[str, dict[str, list[float]]] = {}
+    units = map_units(model)
     for name, inside in tissues.items():
         found[name] = {}
         for about in (*model.parameters, *model.derived):
-            spread = fit[f"std_{about.name}"][inside]
+            spread = fit[f"std_{about.name}"][inside] * units[about.name].factor
             if about.amplitude:
                 size = np.abs(fit[f"map_{about.name}"][inside])
                 spread = spread / np.where(size > 0, size, np.nan)
@@ -230,8 +262,9 @@ def smooth_models(model: Any) -> list[Smooth]:
     """One finely sampled model per group of measurements; none where the model refuses it."""
     groups = plot_axes(model)["groups"]
     found = []
+    dense = _dense_echoes if _abscissa(model)[0] == "echo_time" else _dense
     for group in dict.fromkeys(groups):
-        scheme, x, rows = _dense(model, [i for i, g in enumerate(groups) if g == group])
+        scheme, x, rows = dense(model, [i for i, g in enumerate(groups) if g == group])
         try:
             found.append(Smooth(group, x, model.like(scheme), rows))
         except EngineError:
@@ -258,12 +291,33 @@ def _dense(model: Any, members: list[int]) -> tuple[Any, np.ndarray, slice]:
     scheme, n = model.scheme, CURVE_POINTS
     order, entry = divmod(members[0], len(scheme))
     columns = {k: None if v is None else np.full(n, v[entry]) for k, v in scheme.columns().items()}
-    name, per_unit = ABSCISSA[model.kind]
-    measured = scheme.columns()[name]
-    top = 1.05 * max(measured[i % len(scheme)] for i in members)
-    dense = np.linspace(top / (20 * n), top, n)
+    name, per_unit, _ = _abscissa(model)
+    dense = _up_to(max(scheme.columns()[name][i % len(scheme)] for i in members))
     return (
         type(scheme)(**{**columns, name: dense}),
         dense * per_unit,
         slice(order * n, (order + 1) * n),
     )
+
+
+def _dense_echoes(model: Any, members: list[int]) -> tuple[Any, np.ndarray, slice]:
+    """Echo trains of many echoes in place of all that there are, as a model may need them all."""
+    scheme, n = model.scheme, CURVE_POINTS
+    trains = excitations(scheme)
+    part, entry = divmod(members[0], len(scheme))
+    firsts = np.unique(trains, return_index=True)[1]
+    columns = {
+        k: None if v is None else np.repeat(v[firsts], n) for k, v in scheme.columns().items()
+    }
+    dense = [_up_to(scheme.echo_time[trains == g].max()) for g in range(len(firsts))]
+    begin = (part * len(firsts) + trains[entry]) * n
+    return (
+        type(scheme)(**{**columns, "echo_time": np.concatenate(dense)}),
+        dense[trains[entry]] * 1000.0,
+        slice(begin, begin + n),
+    )
+
+
+def _up_to(largest: float) -> np.ndarray:
+    top = 1.05 * largest
+    return np.linspace(top / (20 * CURVE_POINTS), top, CURVE_POINTS)

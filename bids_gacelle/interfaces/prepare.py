@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nibabel import Nifti1Image
 from nipype.interfaces.base import TraitedSpec, traits
 
 from bids_gacelle.bids.gradients import read_gradients
@@ -22,13 +21,24 @@ from bids_gacelle.engine import (
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
 from bids_gacelle.interfaces.collect import reference_image
+from bids_gacelle.interfaces.gradient_echo import (
+    gradient_echo_scheme,
+    no_phases,
+    prepare_gradient_echo,
+    save,
+    uses_phases,
+)
 from bids_gacelle.interfaces.models import get_model, split_options
+from bids_gacelle.interfaces.voxel_maps import voxel_inputs, without_value
 from bids_gacelle.settings import Settings
-from bids_gacelle.spatial.grids import load_volumes, resample_to
+from bids_gacelle.spatial.grids import load_volumes
 
 _OTHER_SCALE = 5.0  # denoising and interpolation alone do not change the noise by more
 _ENOUGH_B0 = 4
 _LARGE_DEVIATION = 0.5  # gradients of real coils are off by less, inside of a head
+
+COMPLEX, MAGNITUDE = "complex", "magnitude"
+"""Values of the option ``signal`` of models of gradient echoes."""
 
 SCHEMES = {"GradientEchoScheme": GradientEchoScheme, "DiffusionScheme": DiffusionScheme}
 
@@ -53,11 +63,10 @@ class PrepareSignals(Step):
         """Gradient echo: the masked volumes. Diffusion: powder averages or invariants."""
         series = series_from_json(self.inputs.series)
         mask = np.load(self.inputs.mask["file"])
-        volumes = np.load(self.inputs.collected["volumes"], mmap_mode="r")
-        signals = volumes[:, mask]
         prepared: dict[str, Any] = {"sigma": "", "inputs": {}, "warnings": []}
         if series.kind == "dwi":
-            runs = _dwi_volumes(series, signals)
+            volumes = np.load(self.inputs.collected["volumes"], mmap_mode="r")
+            runs = _dwi_volumes(series, volumes[:, mask])
             noise, warnings = _noise(series, runs, mask, settings.b0_threshold)
             deviation = series.gradient_deviation
             tensor = None if deviation is None else gradient_tensor(deviation.image, mask)
@@ -68,23 +77,17 @@ class PrepareSignals(Step):
             prepared["warnings"] = [*warnings, *result.warnings]
             prepared["noise_source"] = result.noise_source
             if result.bscale is not None:
-                prepared["inputs"]["bscale"] = _save(cwd / "bscale.npy", result.bscale)
+                prepared["inputs"]["bscale"] = save(cwd / "bscale.npy", result.bscale)
             if settings.write_scheme and not series.has_diffusion_times:
                 prepared["warnings"].append(
                     "no scheme file is written: SmallDelta or BigDelta is unknown"
                 )
         else:
-            prepared["signals"] = _save(cwd / "signals.npy", signals)
-            prepared["scheme"] = scheme_to_json(_gradient_echo_scheme(series))
-        if series.b1_map is not None:
-            reference = reference_image(self.inputs.collected)
-            b1 = _b1(series, reference)[mask]
-            prepared["inputs"]["b1"] = _save(cwd / "b1.npy", b1)
-            if missing := np.isnan(b1).mean():
-                prepared["warnings"].append(
-                    f"the B1 map {Path(series.b1_map.image).name} has no value in "
-                    f"{100 * missing:.1f} % of the mask: these voxels are not fitted (flag 4)"
-                )
+            prepared |= prepare_gradient_echo(series, self.inputs.collected, mask, settings, cwd)
+        maps = voxel_inputs(series, reference_image(self.inputs.collected))
+        inputs = {name: values[mask] for name, values in maps.items()}
+        prepared["inputs"] |= {k: save(cwd / f"input_{k}.npy", v) for k, v in inputs.items()}
+        prepared["warnings"] += without_value(series, inputs)
         for warning in prepared["warnings"]:
             LOGGER.warning("sub-%s %s: %s", series.subject, series.label, warning)
         return {"prepared": prepared}
@@ -134,14 +137,14 @@ def save_dwi(result: PreparedDwi, cwd: Path) -> dict[str, Any]:
 
 def _save_measurements(result: PreparedDwi, cwd: Path, prefix: str) -> dict[str, Any]:
     saved: dict[str, Any] = {
-        "signals": _save(cwd / f"{prefix}signals.npy", result.signals),
+        "signals": save(cwd / f"{prefix}signals.npy", result.signals),
         "scheme": scheme_to_json(result.scheme),
         "sigma": "",
         "weights": np.asarray(result.weights).tolist(),
     }
     if result.sigma is not None and result.scale_sigma is not None:
-        saved["sigma"] = _save(cwd / f"{prefix}sigma.npy", result.sigma)
-        saved["scale_sigma"] = _save(cwd / f"{prefix}scale_sigma.npy", result.scale_sigma)
+        saved["sigma"] = save(cwd / f"{prefix}sigma.npy", result.sigma)
+        saved["scale_sigma"] = save(cwd / f"{prefix}scale_sigma.npy", result.scale_sigma)
         saved["scale_group"] = np.asarray(result.scale_group).tolist()
     return saved
 
@@ -155,7 +158,10 @@ def acquired(series: Series, settings: Settings) -> dict[str, Any]:
         They cannot be prepared.
     """
     if series.kind != "dwi":
-        return {"scheme": scheme_to_json(_gradient_echo_scheme(series))}
+        scheme = {"scheme": scheme_to_json(gradient_echo_scheme(series))}
+        if uses_phases(series, settings):
+            return scheme | {"complex": scheme}
+        return scheme | {"complex_error": no_phases(settings)}
     found = prepare_dwi(_dwi_volumes(series, None), 0, settings.b0_threshold)
     schemes: dict[str, Any] = {"scheme": scheme_to_json(found.scheme)}
     try:
@@ -175,18 +181,60 @@ def measurements_of(
     InputError
         The acquisition has none for it.
     """
-    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
+    own = options_of(name, settings, prepared)
     model = get_model(name)
     if model.wants_echo_decay(own):
         if "echo_decay" not in prepared:
             raise InputError(f"{name}: {prepared['echo_decay_error']}")
         prepared = prepared["echo_decay"]
+    parts = 1
+    if own.get("signal") == COMPLEX:
+        prepared, parts = prepared["complex"], 2
     scheme = scheme_from_json(prepared["scheme"])
     wanted = model.wanted(scheme, own)
     if wanted is None:
         return prepared, scheme, slice(None)
     rows = np.flatnonzero(wanted)
-    return prepared, scheme.take(rows), rows
+    places = np.concatenate([rows + part * len(scheme) for part in range(parts)])
+    return prepared, scheme.take(rows), places
+
+
+def options_of(name: str, settings: Settings, prepared: dict[str, Any]) -> dict[str, Any]:
+    """The options that a model is made with: those asked for, and the signal that there is.
+
+    A model of complex signals is fitted to magnitudes where there are no phases.
+
+    Raises
+    ------
+    InputError
+        Complex signals were asked for, and there are none.
+    """
+    own, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
+    model = get_model(name)
+    if COMPLEX not in model.choices.get("signal", ()):
+        return own
+    chosen = own.get("signal", model.options["signal"])
+    if chosen == COMPLEX and "complex" not in prepared:
+        if "signal" in own:
+            raise InputError(
+                f"{name}: signal=complex was asked for, but {prepared['complex_error']}"
+            )
+        chosen = MAGNITUDE
+    return own | {"signal": chosen}
+
+
+def fallback(name: str, settings: Settings, prepared: dict[str, Any]) -> str:
+    """What to say where a model of complex signals is fitted to magnitudes, else ""."""
+    model = get_model(name)
+    if COMPLEX not in model.choices.get("signal", ()):
+        return ""
+    asked, _ = split_options(name, settings.model_options.get(name, {}), settings.solver)
+    wished = asked.get("signal", model.options["signal"])
+    if options_of(name, settings, prepared)["signal"] == wished:
+        return ""
+    return (
+        f"{name} is fitted to the magnitudes, which tell less of it: {prepared['complex_error']}"
+    )
 
 
 def scheme_to_json(scheme: GradientEchoScheme | DiffusionScheme) -> dict[str, Any]:
@@ -201,17 +249,6 @@ def scheme_from_json(data: dict[str, Any]) -> GradientEchoScheme | DiffusionSche
     """Inverse of `scheme_to_json`."""
     fields = dict(data)
     return SCHEMES[fields.pop("type")](**fields)
-
-
-def _gradient_echo_scheme(series: Series) -> GradientEchoScheme:
-    given = {
-        name: list(getattr(series, name).values)
-        for name in ("echo_time", "flip_angle", "repetition_time")
-        if getattr(series, name) is not None
-    }
-    if series.kind == "vfa":
-        given.pop("echo_time", None)  # one echo: it scales M0 and says nothing about T1
-    return GradientEchoScheme(**given)
 
 
 def _dwi_volumes(series: Series, signals: np.ndarray | None) -> list[DwiVolumes]:
@@ -311,27 +348,3 @@ def gradient_tensor(path: str, mask: np.ndarray) -> np.ndarray:
             "divide them by 100."
         )
     return tensor.transpose(0, 2, 1)
-
-
-def _b1(series: Series, reference: Any) -> np.ndarray:
-    """Relative transmit field on the grid of the series, NaN where the map has no value.
-
-    Values and their support are resampled apart and divided, so that the zeros around a masked or
-    cropped map do not leak into its rim.
-    """
-    assert series.b1_map is not None
-    [(image, data)] = load_volumes([series.b1_map.image])
-    values = data.reshape(data.shape[:3])
-    known = np.isfinite(values) & (values > 0)
-    weighted, weight = (
-        np.asarray(resample_to(Nifti1Image(part, image.affine), reference, order=1).dataobj)
-        for part in (np.where(known, values, 0), known.astype(np.float32))
-    )
-    b1 = np.full(weight.shape, np.nan, dtype=np.float32)
-    np.divide(weighted * series.b1_map.factor, weight, out=b1, where=weight >= 0.5)
-    return b1
-
-
-def _save(path: Path, array: np.ndarray) -> str:
-    np.save(path, np.ascontiguousarray(array, dtype=np.float32))
-    return str(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from bids_gacelle import __version__
 from bids_gacelle.bids.dataset import bids_uri
 from bids_gacelle.bids.series import Series, Sourced, to_json
 from bids_gacelle.bids.sidecar import FitRecord, estimation_text
+from bids_gacelle.interfaces.gradient_echo import uses_phases
 from bids_gacelle.interfaces.model_files import model_file
+from bids_gacelle.interfaces.units import map_units, prior_in_map_units
 from bids_gacelle.settings import Settings
 
 FIT_SETTINGS = (
@@ -23,6 +26,7 @@ FIT_SETTINGS = (
     "precision",
     "random_seed",
     "b0_threshold",
+    "phase_sign",
 )
 """Settings that change the numbers in the maps."""
 
@@ -41,10 +45,16 @@ def input_files(series: Series) -> list[tuple[str, str]]:
             roles += [(f"dwi {name} {part}", path) for part, path in parts.items()]
     else:
         role = {"megre": "echo", "vfa": "flip angle"}[series.kind]
+        if _echoes_per_flip(series) > 1:
+            role = "image"
         roles = [(f"{role} {i}", path) for i, path in enumerate(series.images, 1)]
+        if series.second is not None:
+            part = {"phase": "phase", "imag": "imaginary part"}[series.second.part]
+            roles += [(f"{role} {i} {part}", p) for i, p in enumerate(series.second.images, 1)]
     roles += [("mask", path) for path in series.mask.images]
     if series.b1_map is not None:
         roles.append(("B1 map", series.b1_map.image))
+    roles += [(f"map of {name}", given.image) for name, given in series.voxel_maps.items()]
     if series.gradient_deviation is not None:
         roles.append(("gradient deviations", series.gradient_deviation.image))
     return roles
@@ -68,8 +78,12 @@ def fit_hash(series: Series, model: str, settings: Settings, digests: list[list[
     """
     asked = {name: getattr(settings, name) for name in FIT_SETTINGS}
     about = to_json(series)
-    for key in ("images", "dwi_runs", "atlases", "gradient_deviation"):
+    for key in ("images", "second", "dwi_runs", "atlases", "gradient_deviation"):
         about.pop(key)  # paths may differ between machines; the content below counts
+    about["voxel_maps"] = sorted(series.voxel_maps)
+    about["phase"] = (
+        series.second.units if series.second and uses_phases(series, settings) else None
+    )
     about["mask"] = about["mask"]["origin"]
     about["b1_map"] = series.b1_map.factor if series.b1_map else None
     about["timing"] = [
@@ -113,6 +127,9 @@ def fit_record(
 ) -> FitRecord:
     """What all sidecars of one fit share."""
     columns = model.scheme.columns()
+    done = fitted["settings"]
+    done = {**done, "prior": prior_in_map_units(done.get("prior"), model)}
+    units = map_units(model)
     shells = None
     if series.kind == "dwi":
         shells = {k: None if v is None else v.tolist() for k, v in columns.items()}
@@ -123,13 +140,56 @@ def fit_record(
         version=__version__,
         fit_hash=fit_hash(series, model.name, settings, digests),
         sources=sources(series, datasets),
-        settings=fitted["settings"],
-        bounds={p.name: p.bounds for p in model.parameters if not p.amplitude},
+        settings=done,
+        bounds={p.name: units[p.name].pair(p.bounds) for p in model.parameters if not p.amplitude},
         reference=next((r.doi for r in model.references), ""),
         options=settings.model_options.get(model.name, {}),
         shells=shells,
         model_file=_model_file(model.name),
+        echoes=None
+        if series.kind == "dwi"
+        else echoes_of(series, model, settings, fitted, datasets),
     )
+
+
+def echoes_of(
+    series: Series,
+    model: Any,
+    settings: Settings,
+    fitted: dict[str, Any],
+    datasets: dict[str, str],
+) -> dict[str, Any]:
+    """What the sidecars of gradient-echo maps say of the signals, in their words."""
+    is_complex = model.n_measurements > len(model.scheme)
+    found: dict[str, Any] = {"SignalFitted": "complex" if is_complex else "magnitude"}
+    if is_complex:
+        if series.second is not None and series.second.part == "phase":
+            found["PhaseScaling"] = fitted.get("phase_unit")
+        found["PhaseSign"] = (
+            f"{settings.phase_sign}: the phase {_SIGNS[settings.phase_sign]} with echo time where "
+            "the field is higher"
+        )
+    done = fitted["settings"].get("echoes", {})
+    found["EchoWeights"] = done.get("weighting")
+    found["ImplausibleVoxels"] = done.get("implausible")
+    if (increment := spoiling(series, model)) is not None:
+        found["SpoilingRFPhaseIncrement"] = increment.values[0]
+        found["SpoilingRFPhaseIncrementSource"] = _entry("", increment, "")["sources"][0]
+    if series.b1_map is not None and "b1" in model.voxel_inputs:
+        found["B1Map"] = bids_uri(series.b1_map.image, datasets)
+        found["B1MapFactor"] = series.b1_map.factor
+    return found
+
+
+def spoiling(series: Series, model: Any) -> Sourced | None:
+    """The increment of the RF phase: that of the series, or what the model takes instead."""
+    if series.spoiling_increment is not None or "spoiling_increment" not in model.options:
+        return series.spoiling_increment
+    value = float(model.chosen["spoiling_increment"])
+    return Sourced((value,), "degrees", ("assumed (option of the model)",))
+
+
+_SIGNS = {"positive": "grows", "negative": "falls"}
 
 
 def acquisition(series: Series, model: Any) -> list[dict[str, Any]]:
@@ -139,6 +199,8 @@ def acquisition(series: Series, model: Any) -> list[dict[str, Any]]:
             "EchoTime": (series.echo_time, "s"),
             "FlipAngle": (series.flip_angle, "degrees"),
             "RepetitionTimeExcitation": (series.repetition_time, "s"),
+            "MagneticFieldStrength": (series.field_strength, "T"),
+            "SpoilingRFPhaseIncrement": (spoiling(series, model), "degrees"),
         }
         found = [_entry(k, v, unit) for k, (v, unit) in fields.items() if v is not None]
         if series.b1_map is not None:
@@ -172,11 +234,7 @@ def acquisition(series: Series, model: Any) -> list[dict[str, Any]]:
 def methods_text(series: Series, model: Any, fitted: dict[str, Any], mask: dict[str, Any]) -> str:
     """The paragraph a paper needs, from what was really done."""
     done = fitted["settings"]
-    images = {
-        "megre": f"the magnitude of {len(series.images)} gradient echoes",
-        "vfa": f"{len(series.images)} spoiled gradient-echo images of different flip angle",
-        "dwi": f"{len(model.scheme)} diffusion shells",
-    }[series.kind]
+    images = _images_text(series, model)
     if series.kind == "dwi":
         images += " (each run normalised by its own mean b = 0 signal)"
         if not series.preprocessed:
@@ -195,7 +253,8 @@ def methods_text(series: Series, model: Any, fitted: dict[str, Any], mask: dict[
     noise_maps = [run.noise_map for run in series.dwi_runs]
     if done.get("sigma") == "given" and noise_maps and all(noise_maps):
         sigma = "the noise map"
-    b1 = " Flip angles were corrected with the B1 map." if series.b1_map is not None else ""
+    has_b1 = series.b1_map is not None and "b1" in model.voxel_inputs
+    b1 = " Flip angles were corrected with the B1 map." if has_b1 else ""
     if series.gradient_deviation is not None and "bscale" in model.voxel_inputs:
         b1 = " The b-values of each voxel were corrected for gradient nonlinearity."
     deviations = done.get("note") or (
@@ -210,6 +269,33 @@ def methods_text(series: Series, model: Any, fitted: dict[str, Any], mask: dict[
         f"{done['n_voxels']:,} voxels {masked} were fitted with {fitted_with}.{b1} "
         f"{deviations}"
     )
+
+
+def _echoes_per_flip(series: Series) -> int:
+    """How many echoes a flip angle of a series has at most; 1 of other kinds of series."""
+    if series.kind != "vfa":
+        return 1
+    columns = [v.values for v in (series.flip_angle, series.repetition_time) if v is not None]
+    return max(Counter(zip(*columns, strict=True)).values(), default=1)
+
+
+def _images_text(series: Series, model: Any) -> str:
+    """What was fitted, in words."""
+    if series.kind == "dwi":
+        return f"{len(model.scheme)} diffusion shells"
+    n, is_complex = len(model.scheme), model.n_measurements > len(model.scheme)
+    part = "complex" if is_complex else "magnitude"
+    if series.kind == "megre":
+        text = f"the {part} signals of {n} gradient echoes"
+    else:
+        flips = len(set(model.scheme.flip_angle.tolist()))
+        text = f"{n} {part} images of spoiled gradient echoes at {flips} flip angles"
+    if is_complex:
+        text += (
+            " (the field of each flip angle and one initial phase, estimated from the echoes, "
+            "were taken out before)"
+        )
+    return text
 
 
 def _model_file(name: str) -> str:

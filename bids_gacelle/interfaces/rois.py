@@ -19,6 +19,7 @@ from bids_gacelle.interfaces.base import LOGGER, Step
 from bids_gacelle.interfaces.collect import reference_image
 from bids_gacelle.interfaces.fit import FittedInputSpec, build_model, load_fit
 from bids_gacelle.interfaces.provenance import fit_record
+from bids_gacelle.interfaces.units import map_units
 from bids_gacelle.settings import Settings
 from bids_gacelle.spatial.grids import load_volumes, same_grid
 from bids_gacelle.spatial.rois import integer_labels, read_lookup, roi_statistics, tissue_of
@@ -67,7 +68,7 @@ class RoiStatistics(Step):
                 continue
             path = names.table_path(series, model=self.inputs.model, atlas=atlas.name)
             write_tsv(settings.output_dir / path, rows, tuple(TABLE_COLUMNS))
-            units = {p.name: p.unit for p in (*model.parameters, *model.derived)}
+            units = {name: unit.unit for name, unit in map_units(model).items()}
             segmentation = bids_uri(atlas.image, datasets)
             about = table_sidecar(record, segmentation=segmentation, units=units)
             write_json(settings.output_dir / path.with_suffix(".json"), about)
@@ -81,14 +82,14 @@ class RoiStatistics(Step):
         lookup = read_lookup(Path(atlas.table) if atlas.table else None, labels)
         fit = load_fit(self.inputs.fitted)
         valid = scatter((fit["flags"] & NO_ESTIMATE) == 0, mask, False)
-        rows = []
+        rows, units = [], map_units(model)
         for parameter in (*model.parameters, *model.derived):
-            key = parameter.name
+            key, unit = parameter.name, units[parameter.name]
             statistics = roi_statistics(
-                scatter(fit[f"map_{key}"], mask, np.nan),
+                scatter(fit[f"map_{key}"] * np.float32(unit.factor), mask, np.nan),
                 labels,
                 lookup,
-                std=scatter(fit[f"std_{key}"], mask, np.nan),
+                std=scatter(fit[f"std_{key}"] * np.float32(unit.factor), mask, np.nan),
                 valid=valid,
             )
             if parameter in model.parameters:
@@ -98,7 +99,7 @@ class RoiStatistics(Step):
                     statistics, roi_statistics(bound, labels, lookup, valid=valid), strict=True
                 ):
                     row["at_bound"] = share["mean"]
-            about = {"model": model.name, "param": key, "unit": parameter.unit}
+            about = {"model": model.name, "param": key, "unit": unit.unit}
             rows += [{**row, **about, "hemi": hemisphere(str(row["name"]))} for row in statistics]
         return rows
 

@@ -15,13 +15,15 @@ from bids_gacelle.bids.gradients import read_gradients
 from bids_gacelle.bids.output import write_image, write_json, write_text, write_tsv
 from bids_gacelle.bids.schemes import scheme_text
 from bids_gacelle.bids.series import Series, Sourced, series_from_json
+from bids_gacelle.engine import Parameter
 from bids_gacelle.interfaces import provenance
 from bids_gacelle.interfaces.base import Step
 from bids_gacelle.interfaces.collect import reference_image
 from bids_gacelle.interfaces.fit import FittedInputSpec, build_model, load_fit
 from bids_gacelle.interfaces.plots import ALL_VOXELS, decays, gradient_table, obtained_sd
-from bids_gacelle.interfaces.prepare import scheme_from_json
+from bids_gacelle.interfaces.prepare import fallback, scheme_from_json
 from bids_gacelle.interfaces.rois import scatter, tissue_voxels
+from bids_gacelle.interfaces.units import MapUnit, map_units
 from bids_gacelle.settings import Settings
 
 OUTSIDE = 1
@@ -31,6 +33,16 @@ QUALITY = {
     "nrmse": "Root mean square residual over root mean square signal",
     "chi2": "Reduced chi-square: squared residuals over noise variance and degrees of freedom",
 }
+
+
+TOTAL_FIELD = Parameter(
+    "freqBKG",
+    "Hz",
+    "Field offset: the estimate from the echoes and the correction that was fitted",
+    window=(-100.0, 100.0),
+    colormap="RdBu_r",
+)
+"""What the maps of models of complex signals hold of the field, mean over flip angles."""
 
 
 class _WriteOutputSpec(TraitedSpec):
@@ -66,14 +78,22 @@ class WriteMaps(Step):
             write_text(settings.output_dir / scheme, _scheme(self._series))
             self._written.append(str(scheme))
         parameters = (*self._model.parameters, *self._model.derived)
-        maps = [self._write_parameter(parameter) for parameter in parameters]
+        maps = [
+            self._write_parameter(p, self._fit[f"map_{p.name}"], self._fit[f"std_{p.name}"])
+            for p in parameters
+        ]
+        if (field := total_field(self._model, self._fit, self.inputs.prepared)) is not None:
+            maps.append(self._write_parameter(TOTAL_FIELD, *field))
         manifest = {"maps": maps, **self._write_quality(), "fit_hash": self._record.fit_hash}
         return {"written": {"outputs": self._written, "manifest": manifest}}
 
-    def _write_parameter(self, parameter: Any) -> dict[str, Any]:
+    def _write_parameter(
+        self, parameter: Parameter, estimate: np.ndarray, deviation: np.ndarray
+    ) -> dict[str, Any]:
         """Write a parameter's map and standard deviation; its entry of the manifest."""
-        written = {}
-        for statistic, key in (("", f"map_{parameter.name}"), ("std", f"std_{parameter.name}")):
+        written: dict[str, str] = {}
+        unit = map_units(self._model).get(parameter.name, MapUnit(parameter.unit, 1.0))
+        for statistic, voxels in (("", estimate), ("std", deviation)):
             path = names.map_path(
                 self._series,
                 model=self._model.name,
@@ -81,14 +101,15 @@ class WriteMaps(Step):
                 statistic=statistic,
                 suffix=parameter.suffix,
                 bare=self._model.bare_names,
+                compartment=parameter.compartment,
                 datatype=self._model.datatype,
             )
-            values = scatter(self._fit[key], self._mask, np.nan)
+            values = scatter(voxels * np.float32(unit.factor), self._mask, np.nan)
             about = sidecar.map_sidecar(
                 self._record,
                 parameter=parameter.name,
                 description=parameter.description,
-                unit=parameter.unit,
+                unit=unit.unit,
                 statistic=statistic,
             )
             self._write_image(path, values, about, keep_nan=bool(statistic))
@@ -96,12 +117,12 @@ class WriteMaps(Step):
         return {
             "name": parameter.name,
             "label": parameter.description,
-            "unit": parameter.unit,
+            "unit": unit.unit,
             "file": written[""],
             "std": written["std"],
-            "window": None if parameter.window is None else list(parameter.window),
+            "window": None if parameter.window is None else list(unit.pair(parameter.window)),
             "colormap": parameter.colormap,
-            "bounds": [float(b) if np.isfinite(b) else None for b in parameter.bounds],
+            "bounds": [b if np.isfinite(b) else None for b in unit.pair(parameter.bounds)],
             "at_bound": self.inputs.fitted["settings"]["at_bound"].get(parameter.name),
         }
 
@@ -195,7 +216,7 @@ class WriteManifest(Step):
             "schema": 1,
             **job,
             **self.inputs.written["manifest"],
-            **self._describe(series, model),
+            **self._describe(series, model, settings),
             **self._tissues(series, model, data),
             "outputs": outputs,
             "atlases": provenance.atlas_digests(series),
@@ -227,11 +248,12 @@ class WriteManifest(Step):
             found["gradients"] = gradient_table(scheme, prepared["directions"])
         return found
 
-    def _describe(self, series: Series, model: Any) -> dict[str, Any]:
+    def _describe(self, series: Series, model: Any, settings: Settings) -> dict[str, Any]:
         """The words of the manifest."""
         fitted, run = self.inputs.fitted, self.inputs.run
         inputs = provenance.listed_inputs(series, run["datasets"])
         note = fitted["settings"].get("note")
+        said = fallback(model.name, settings, self.inputs.prepared)
         return {
             "title": model.title,
             "description": model.description,
@@ -247,6 +269,7 @@ class WriteManifest(Step):
                 *self.inputs.collected["warnings"],
                 *self.inputs.prepared["warnings"],
                 *([note] if note else []),
+                *([said] if said else []),
                 *self.inputs.tables["problems"],
             ],
             "methods": provenance.methods_text(series, model, fitted, self.inputs.mask),
@@ -255,6 +278,23 @@ class WriteManifest(Step):
             "fit": fitted["settings"],
             "preprocessed": series.preprocessed or series.kind != "dwi",
         }
+
+
+def total_field(
+    model: Any, fit: dict[str, np.ndarray], prepared: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Field offset (voxels,) in Hz and its standard deviation, mean over the flip angles.
+
+    None where the signals have no phase.
+    """
+    fitted = [p for p in model.parameters if p.name.rstrip("0123456789") == "dfreqBKG"]
+    if "complex" not in prepared or not fitted:
+        return None
+    found = np.load(prepared["complex"]["field"]).mean(axis=0)
+    factor = map_units(model)[fitted[0].name].factor / len(fitted)
+    corrections = factor * np.stack([fit[f"map_{p.name}"] for p in fitted])
+    deviations = factor * np.stack([fit[f"std_{p.name}"] for p in fitted])
+    return found + corrections.sum(axis=0), np.sqrt((deviations**2).sum(axis=0))
 
 
 def scheme_file(settings: Settings, series: Series) -> PurePosixPath | None:

@@ -238,7 +238,7 @@ def draw_decays(
     for n, tissue in enumerate(tissues):
         box = (n * across + 62, foot, across - 76, height - foot - head)
         axes = _axes(figure, box, width, height)
-        _decay(axes, tissue, x, names, styles)
+        _decay(axes, tissue, x, names, styles, apart=log)
         count = f"{text.count(tissue['n_voxels'])} voxels"
         if tissue["n_shown"] < tissue["n_voxels"]:
             count += f" ({text.count(tissue['n_shown'])} of them drawn)"
@@ -269,12 +269,15 @@ def _decay(
     x: np.ndarray,
     names: list[str],
     styles: dict[str, tuple[str, str]],
+    *,
+    apart: bool,
 ) -> None:
     median, q25, q75, fit = (np.asarray(tissue[k], float) for k in ("median", "q25", "q75", "fit"))
     if not x.shape == median.shape == q25.shape == q75.shape == fit.shape:
         raise ValueError(f"{x.size} abscissae, {median.size} medians, {fit.size} fitted points")
     curves = {str(curve.get("group") or ""): curve for curve in tissue.get("curves") or []}
-    step = min(0.008, 0.025 / len(styles)) * np.ptp(x) if len(styles) > 1 else 0.0
+    # bars of one b stand side by side; echoes of two flip angles are far apart anyway
+    step = min(0.008, 0.025 / len(styles)) * np.ptp(x) if apart and len(styles) > 1 else 0.0
     for n, (group, (colour, marker)) in enumerate(styles.items()):
         chosen = np.array([name == group for name in names])
         order = np.argsort(x[chosen], kind="stable")
@@ -283,7 +286,6 @@ def _decay(
             curve = curves[group]
             line = (np.asarray(curve["x"], float), np.asarray(curve["y"], float))
         axes.plot(*line, color=colour, lw=1.4, zorder=2)
-        # bars of one b stand side by side
         at = x[chosen] + step * (n - (len(styles) - 1) / 2)
         axes.vlines(at, q25[chosen], q75[chosen], color=colour, lw=1.2, alpha=0.7, zorder=1)
         style = {"ls": "none", "marker": marker, "ms": 5, "mec": colour, "mew": 1.1}
@@ -306,6 +308,7 @@ def _scale(panels: Sequence[Any], tissues: Sequence[dict[str, Any]], *, log: boo
         return
     for axes, tissue in zip(panels, tissues, strict=True):
         top = max(*tissue["q75"], *tissue["fit"])
-        axes.set_ylim(min(0.0, *tissue["q25"]), 1.06 * top)
+        low = min(0.0, *tissue["q25"], *tissue["fit"])
+        axes.set_ylim(low - 0.04 * top * (low < 0), 1.06 * top)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axes.axhline(0, color=PLOT_FAINT, lw=0.6, zorder=0)

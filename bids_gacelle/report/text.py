@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_WORDS = {"1": "", "arbitrary": "a.u.", "deg": "°"}
+_WORDS = {"1": "", "arbitrary": "a.u.", "deg": "°", "percent": "%"}
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 # Code points that no HTML page may contain: controls, lone surrogates, non-characters.
 _FORBIDDEN = re.compile(

@@ -20,6 +20,7 @@ _THIN = 5
 _SMALL_PART = 0.01
 
 _ROUNDING = 0.01  # mm
+_AWAY = 3  # voxels from the object, where there is little of its ringing and motion
 
 
 def quick_mask(volume: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
@@ -53,6 +54,24 @@ def quick_mask(volume: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
     if difference < np.log(_AIR_RATIO):
         return _clean(inside) & inside
     return _clean(inside & (logarithm > threshold)) & inside
+
+
+def air(volume: npt.NDArray[np.floating], mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Find the voxels of a magnitude image some way from the object and from a mask.
+
+    Parameters
+    ----------
+    volume : (x, y, z)
+    mask : (x, y, z) voxels that are part of the object anyway.
+
+    Returns
+    -------
+    (x, y, z), false everywhere where the image has no air.
+    """
+    inside = mask.copy()
+    if (np.isfinite(volume) & (volume > 0)).any():
+        inside |= quick_mask(volume)
+    return ~ndimage.binary_dilation(inside, iterations=_AWAY)
 
 
 def load_mask(path: str, reference: SpatialImage) -> npt.NDArray[np.bool_]:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -435,6 +436,21 @@ def test_varying_acquisition_becomes_arrays_and_constant_stays_a_number(raw):
     assert "VoxelsAtBound" not in vfa
     assert "SpatialReference" not in vfa
     assert "Preprocessed" not in vfa
+
+
+def test_field_strength_and_spoiling_are_those_used(raw):
+    series = replace(
+        make_series("vfa", "", {}, raw),
+        field_strength=Sourced((7.0,), "T", ("--field-strength",)),
+        spoiling_increment=Sourced((117.0,), "degrees", ("VFA.json",)),
+    )
+    record = record_of(series, MODELS["vfa"][0], {"raw": raw})
+    about = sidecar.map_sidecar(record, parameter="T1", description="X", unit="s")
+    assert about["MagneticFieldStrength"] == 7  # not that of the sidecars
+    assert about["SpoilingRFPhaseIncrement"] == 117
+    plain = sidecar_of("vfa", raw, parameter="T1")
+    assert plain["MagneticFieldStrength"] == 3
+    assert "SpoilingRFPhaseIncrement" not in plain
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from bids_gacelle.bids.series import series_from_json, to_json
 from bids_gacelle.errors import InputError
 
 # model: "" (eligible) or the start of the reason, for every unit of the tree
-MPM = " (there are MPM images (MTw, PDw, T1w), which no model here is fitted to yet)"
 SINGLE_SHELL = {
     "mcmicro": "mcmicro needs at least 2 different shells",
     "nexi": "nexi needs at least 4 different shells",
@@ -39,13 +38,7 @@ EXAMPLES = {
     },
     "dwi_deriv": {("01", ""): _nothing("sub-01", **SINGLE_SHELL)},
     "qmri_megre": {("01", ""): _nothing("sub-01", r2star="")},
-    "qmri_mpm": {
-        ("01", ""): _nothing(
-            "sub-01",
-            r2star=f"no MEGRE images in sub-01/anat{MPM}",
-            despot1=f"no VFA images in sub-01/anat{MPM}",
-        )
-    },
+    "qmri_mpm": {("01", ""): _nothing("sub-01", r2star="", despot1="")},
     "qmri_qsm": {("01", ""): _nothing("sub-01")},
     "qmri_tb1tfl": {("01", ""): _nothing("sub-01")},
     "qmri_vfa": {("01", ""): _nothing("sub-01", despot1="")},
@@ -57,7 +50,8 @@ def test_public_example(shared: Path, needs, name: str) -> None:
     plan = discover(shared / "data/bids_examples" / name, needs, Options())
     expected = EXAMPLES[name]
     found = {(j.series.subject, j.series.session, j.model): j.reason for j in plan.jobs}
-    assert len(found) == len(plan.jobs) == sum(len(models) for models in expected.values())
+    contrasts = 2 if name == "qmri_mpm" else 0  # beyond the first, each a job of r2star
+    assert len(found) == len(plan.jobs) - contrasts == sum(map(len, expected.values()))
     for (subject, session), models in expected.items():
         for model, reason in models.items():
             got = found[subject, session, model]
@@ -124,20 +118,6 @@ def test_echoes_are_sorted_by_echo_time(tree, pick) -> None:
     assert series.echo_time.sources == tuple(
         f"sub-01/anat/sub-01_echo-{i}_MEGRE.json" for i in (2, 3, 1)
     )
-
-
-def test_phase_is_not_used(tree, pick, messages) -> None:
-    for echo in (1, 2):
-        for part in ("mag", "phase"):
-            tree.image(
-                f"sub-01/anat/sub-01_echo-{echo}_part-{part}_MEGRE.nii", EchoTime=echo / 100
-            )
-    plan = tree.discover()
-    assert [Path(p).name for p in pick(plan, "r2star").series.images] == [
-        "sub-01_echo-1_part-mag_MEGRE.nii",
-        "sub-01_echo-2_part-mag_MEGRE.nii",
-    ]
-    assert "part-phase images are not used" in messages(plan, "info")
 
 
 def test_phase_alone_is_explained(tree, pick) -> None:
@@ -240,20 +220,6 @@ def test_balanced_ssfp_is_refused(tree, pick) -> None:
     assert "DESPOT2" in reason
 
 
-def test_vfa_with_several_echoes_is_explained(tree, pick) -> None:
-    for flip in (1, 2):
-        for echo in (1, 2):
-            tree.image(
-                f"sub-01/anat/sub-01_echo-{echo}_flip-{flip}_VFA.nii",
-                FlipAngle=10 * flip,
-                RepetitionTimeExcitation=0.02,
-            )
-    assert '{"vfa": {"echo": "1"}}' in pick(tree.discover(), "despot1").reason
-    chosen = pick(tree.discover(filters={"vfa": {"echo": 1}}), "despot1")
-    assert chosen.eligible
-    assert len(chosen.series.images) == 2
-
-
 def test_repetition_time_is_not_guessed(tree, pick) -> None:
     for flip in (1, 2):
         tree.image(
@@ -271,7 +237,8 @@ def test_mpm_contrast_by_filter(tree, pick) -> None:
                 f"sub-01/anat/sub-01_acq-{acq}_echo-{echo}_flip-{flip}_mt-off_MPM.nii",
                 EchoTime=echo / 100,
             )
-    assert "MPM images (PDw, T1w)" in pick(tree.discover(), "r2star").reason
+    reason = pick(tree.discover(), "r2star").reason
+    assert "MPM images acq-PDw have 2 echoes only" in reason
     jobs = pick(tree.discover(filters={"megre": {"suffix": "MPM"}}), "r2star", only=False)
     assert [(j.series.entities, j.reason) for j in jobs] == [
         ({"acq": "PDw"}, ""),
@@ -515,7 +482,10 @@ def test_filter_that_leaves_nothing_is_named(tree, pick) -> None:
 @pytest.mark.parametrize(
     ("filters", "sentence"),
     [
-        ({"bold": {}}, "unknown query 'bold'; valid are megre, vfa, mpm, tb1, dwi, mask, dseg"),
+        (
+            {"bold": {}},
+            "unknown query 'bold'; valid are megre, vfa, mpm, mts, tb1, dwi, mask, dseg",
+        ),
         ({"dwi": {"acqu": "x"}}, "unknown entity 'acqu' in query 'dwi'; valid are .*acq, .*run"),
         ({"dwi": {"acq": 1.5}}, "dwi.acq is 1.5"),
         ({"dwi": "b2k"}, "'dwi' must be an object"),

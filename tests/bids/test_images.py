@@ -297,6 +297,45 @@ def test_b1_values_against_their_unit(tree, vfa, unit: str, value: float, senten
         assert _passes(job)  # another grid is no fault
 
 
+def test_b1_values_in_degrees(tree, vfa, pick) -> None:
+    vfa("relative", 1.0)
+    path = tree.nifti("sub-01/fmap/sub-01_TB1map.nii.gz", (2, 2, 2), value=57.0)
+    tree.json("sub-01/fmap/sub-01_TB1map.json", Units="degrees", FlipAngle=60)
+    assert _passes(pick(tree.discover(), "despot1"))
+    tree.json("sub-01/fmap/sub-01_TB1map.json", Units="degrees", FlipAngle=10)
+    sentence = "is 57, which cannot be degrees of a nominal flip angle of 10; probably they are"
+    assert sentence in _refused(pick(tree.discover(), "despot1"), path)
+
+
+def test_phases_of_a_series(tree, megre, pick) -> None:
+    phases = [MEGRE.format(e).replace("_MEGRE", "_part-phase_MEGRE") for e in (1, 2)]
+    for path in phases:
+        tree.nifti(path)
+    job = pick(tree.discover(), "r2star")
+    assert len(job.series.second.images) == 2
+    assert _passes(job)
+    path = tree.nifti(phases[1], (4, 5, 7))
+    assert "is not on the grid of" in _refused(job, path)
+    path = tree.text(phases[1], "")
+    assert "is empty" in _refused(job, path)
+
+
+@pytest.mark.parametrize("origin", ["option", "derivatives"])
+def test_maps_of_voxel_inputs(tree, megre, origin: str) -> None:
+    given = {"theta": VoxelMap(str(tree.nifti("theta.nii.gz", (2, 2, 2, 3))), origin)}
+    assert _passes(replace(megre, series=replace(megre.series, voxel_maps=given)))
+    path = tree.text("theta.nii.gz", "no image")
+    series, findings, reason = _review(replace(megre.series, voxel_maps=given))
+    (finding,) = findings
+    assert f"`{path}` cannot be read as an image" in finding.message
+    if origin == "option":
+        assert "It was asked for with --voxel-map theta." in reason
+    else:
+        assert reason == ""
+        assert "No map theta is used." in finding.message
+        assert series.voxel_maps == {}
+
+
 def test_b1_map_with_a_fourth_axis_of_one(tree, vfa) -> None:
     job = vfa("relative", 1.0)
     tree.nifti("sub-01/fmap/sub-01_TB1map.nii.gz", (2, 2, 2, 1))

@@ -187,3 +187,21 @@ def test_the_flag_table_spells_out_every_sum():
     assert rows[0] == "ok"
     assert rows[2 + 8] == "a parameter at a bound + not converged"
     assert len(set(rows.values())) == 64
+
+
+def test_compartments_of_one_suffix_have_names_of_their_own():
+    def path(compartment, statistic=""):
+        return names.map_path(
+            series(),
+            model="gremwi",
+            parameter="R2s",
+            suffix="R2starmap",
+            statistic=statistic,
+            compartment=compartment,
+            datatype="anat",
+        ).name
+
+    assert path("MW") == "sub-01_desc-gremwiMW_R2starmap.nii.gz"
+    assert path("EW", "std") == "sub-01_desc-gremwiEWstd_R2starmap.nii.gz"
+    with pytest.raises(ValueError, match="compartment"):
+        path("M-W")

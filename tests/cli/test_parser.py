@@ -73,6 +73,40 @@ def test_times_without_or_with_odd_unit_are_refused(text):
         argtypes.milliseconds(text)
 
 
+@pytest.mark.parametrize(("text", "value"), [("3", 3), ("3T", 3), ("0.55 T", 0.55), ("7.0t", 7)])
+def test_field_strengths(text, value):
+    assert argtypes.tesla(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["30000", "0", "3G", "-3", "1.2.3", ""])
+def test_field_strengths_that_cannot_be(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="field strength in T"):
+        argtypes.tesla(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("50", 50), ("117deg", 117), ("150.5", 150.5)])
+def test_spoiling_increments(text, value):
+    assert argtypes.degrees(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["0.87", "360", "fifty", "nan", ""])
+def test_spoiling_increments_that_cannot_be(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="from 4 to 360 degrees"):
+        argtypes.degrees(text)
+
+
+def test_voxel_maps(tmp_path):
+    file = tmp_path / "ff.nii.gz"
+    file.write_text("")
+    settings = parse("--voxel-map", f"ff={file}", "theta=/x/{subject}_{session}.nii.gz")
+    assert settings.voxel_map == {"ff": str(file), "theta": "/x/{subject}_{session}.nii.gz"}
+    with pytest.raises(InputError, match="given twice"):
+        parse("--voxel-map", f"ff={file}", f"ff={file}")
+    for text in ("theta", "=x", "theta=", "the-ta=x", f"ff={tmp_path}/none.nii"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            argtypes.voxel_map(text)
+
+
 @pytest.mark.parametrize(("text", "gb"), [("8", 8), ("8G", 8), ("8000M", 8), ("1.5GB", 1.5)])
 def test_memory(text, gb):
     assert argtypes.gigabytes(text) == pytest.approx(gb)

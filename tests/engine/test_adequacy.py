@@ -18,7 +18,7 @@ from bids_gacelle.engine import (
 
 from .helpers import ALL_MODELS, Line, Square, even_directions, make_model, noisy
 
-NUISANCES = {"dfreqBKG", "dpini"}  # of the scan, not of the tissue
+THREE_POOLS = ("gremwi", "mcrmwi")
 
 
 def by_name(found, tissue=None):
@@ -83,8 +83,9 @@ def test_a_line_has_the_covariance_of_linear_regression():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    # At one diffusion time, other values of sandi give the same signals.
-    [(name, options) for name, options in ALL_MODELS if name != "sandi"],
+    # At one diffusion time, other values of sandi give the same signals, as do those of the
+    # water in and outside of axons when they change places.
+    [(name, options) for name, options in ALL_MODELS if name not in ("sandi", *THREE_POOLS)],
 )
 def test_a_fit_of_typical_tissue_reports_what_was_expected(name, options):
     model = make_model(name, **options)
@@ -95,11 +96,6 @@ def test_a_fit_of_typical_tissue_reports_what_was_expected(name, options):
     found = expected_sd(model, sigma, **shared, **({"scale_sigma": [0.002]} if shared else {}))
     if options.get("fit_r2a"):  # with k2a: only a prior tells the two apart
         assert {e.verdict for e in found} == {adequacy.UNDETERMINED}
-        return
-    if "IWF" in model.parameter_names and options.get("signal") == "magnitude":
-        # Magnitudes do not tell water in axons from that around them.
-        [share] = [e for e in found if e.parameter == "IWF"]
-        assert share.verdict in (adequacy.NOT_ESTIMABLE, adequacy.UNDETERMINED)
         return
     tissues = list(dict.fromkeys(e.tissue for e in found))
     params = {
@@ -112,12 +108,7 @@ def test_a_fit_of_typical_tissue_reports_what_was_expected(name, options):
         model.signal({k: v.double() for k, v in params.items()}).numpy(),
         sigma=np.repeat(sigma[:, None], voxels, 1),
         precision="float64",
-        # The best start of the last ones, whose water in and around axons might change places.
-        starts=1 if "R2sMW" in params else 8,
-        options={"ftol": 1e-12, "xtol": 1e-9, "max_evaluations": 300},
-        inputs={
-            k: np.full(voxels, model.input_defaults[k]) for k in model.needed_inputs(model.chosen)
-        },
+        starts=8,
         **shared,
         **({"scale_sigma": np.full((1, voxels), 0.002)} if shared else {}),
     )
@@ -125,10 +116,35 @@ def test_a_fit_of_typical_tissue_reports_what_was_expected(name, options):
         for e in by_name(found, tissue).values():
             amplitude = [p.name for p in model.parameters if p.amplitude]
             scale = result.maps[e.parameter][i] if e.parameter in amplitude else 1
-            assert result.maps[e.parameter][i] == pytest.approx(
-                e.value, rel=2e-3, abs=1e-3 * np.nan_to_num(e.sd)
-            )
-            assert result.std[e.parameter][i] / scale == pytest.approx(e.sd, rel=1e-2), e
+            assert result.maps[e.parameter][i] == pytest.approx(e.value, rel=2e-3)
+            assert result.std[e.parameter][i] / scale == pytest.approx(e.sd, rel=5e-3), e
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (name, options)
+        for name, options in ALL_MODELS
+        if name in THREE_POOLS and options.get("signal") != "magnitude"
+    ],
+)
+def test_complex_measurements_of_three_pools_have_their_cramer_rao_bound(name, options):
+    """The root of the diagonal of (J^T J / sigma^2)^-1, J by differences in double precision."""
+    model, sigma = make_model(name, **options), 1 / 150
+    found = by_name(expected_sd(model, sigma))
+    point = {p: torch.tensor([found[p].value], dtype=torch.float64) for p in model.parameter_names}
+    columns = []
+    for p in model.parameter_names:
+        step = 1e-5 * max(abs(float(point[p])), 1e-2)
+        ends = [model.signal({**point, p: point[p] + s * step})[:, 0] for s in (1, -1)]
+        columns.append(((ends[0] - ends[1]) / (2 * step)).numpy())
+    jacobian = np.stack(columns, axis=1)
+    scale = np.linalg.norm(jacobian, axis=0)
+    inverse = np.linalg.inv((jacobian / scale).T @ (jacobian / scale))
+    bound = sigma * np.sqrt(np.diag(inverse)) / scale
+    for p, sd in zip(model.parameters, bound, strict=True):
+        size = float(point[p.name]) if p.amplitude else 1
+        assert found[p.name].sd == pytest.approx(sd / size, rel=0.02), p.name
 
 
 def test_fits_of_mcmicro_spread_as_expected():
@@ -248,10 +264,11 @@ def test_every_declared_tissue_lies_inside_the_bounds():
     for name in dict(ALL_MODELS):
         model = make_model(name)
         for tissue in model.tissues.values():
-            named = [p for p in model.parameters if p.name.rstrip("12345") not in NUISANCES]
-            assert {p.name for p in named if not p.amplitude} <= set(tissue)
-            for p in named:
-                assert p.amplitude or p.bounds[0] < tissue[p.name] < p.bounds[1]
+            named = {p.name for p in model.parameters if p.name in tissue}
+            if name not in THREE_POOLS:  # of which the middle of their boxes is typical
+                assert set(model.parameter_names) - {"S0", "M0"} <= named
+            for p in model.parameters:
+                assert p.name not in named or p.bounds[0] < tissue[p.name] < p.bounds[1]
 
 
 def test_a_signal_that_is_flat_in_the_middle_of_its_box_is_not_refused():

@@ -279,7 +279,7 @@ def test_sandix_without_somas_is_nexi():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_model("sandix", ds=0.0), "ds must be a positive diffusivity"),
+        (lambda: make_model("sandix", ds=0.0), "ds must be a positive number"),
         (lambda: make_model("nexidot", l_max=4), "l_max of nexidot is 0 or 2, got 4"),
         (lambda: get_model("nexidot")(DiffusionScheme([1.0, 2, 3, 4], 20.0)), "at least 5"),
         (lambda: get_model("smex")(DiffusionScheme([1.0, 2, 3, 4], 20.0)), "smex needs small_del"),

@@ -372,7 +372,7 @@ def test_installed_packages_can_announce_models(tmp_path, monkeypatch):
             lambda: get_model("axcalibersmt")(DiffusionScheme([1.0, 2, 3, 4], 20.0)),
             "axcalibersmt needs small_delta",
         ),
-        (lambda: make_model("axcalibersmt", dn=-1.0), "dn must be a positive diffusivity"),
+        (lambda: make_model("axcalibersmt", dn=-1.0), "dn must be a positive number"),
         (lambda: make_model("axcalibersmt", limit="none"), "is 'vangelderen' or 'neuman'"),
         (lambda: make_model("nexi", lmax=2), "no option 'lmax'; it has l_max"),
         (lambda: make_model("r1r2star", l_max=2), "no option 'l_max'; it has none"),
@@ -407,6 +407,29 @@ def test_option_types_are_those_of_the_defaults():
     for options in ({"order": 2.5}, {"width": "wide"}, {"width": True}, {"fast": 1}, {"rule": 0}):
         with pytest.raises(EngineError, match=f"option {next(iter(options))} of line is of type"):
             Theirs.check_options(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("sandi", {"ds": -1.0}, "ds must be a positive number, got -1.0"),
+        ("sandix", {"ds": 0}, "ds must be a positive number, got 0"),
+        ("axcalibersmt", {"depar": float("inf")}, "depar must be a positive number, got inf"),
+        ("meaxcalibersmt", {"k2a": float("nan")}, "k2a must be a positive number, got nan"),
+        ("meaxcalibersmt", {"r2csf": -1}, "r2csf must be a number of at least 0, got -1"),
+        ("axonalt2", {"b_min": -4.0}, "b_min must be a number of at least 0, got -4.0"),
+    ],
+)
+def test_limits_of_options_are_checked_without_data(name, options, sentence):
+    with pytest.raises(EngineError, match=sentence):
+        get_model(name).check_options(options)
+
+
+def test_limits_of_options_are_of_options_that_are_there():
+    for name in list_models():
+        model = get_model(name)
+        model.check_options(model.options)
+        assert set(model.option_limits) <= set(model.options)
 
 
 def test_closed_forms_are_announced():

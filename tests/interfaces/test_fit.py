@@ -72,6 +72,7 @@ def test_an_interrupted_fit_stays_interrupted(monkeypatch):
     monkeypatch.setattr(module, "series_from_json", lambda series: series)
     monkeypatch.setattr(module, "build_model", lambda *_: (None, np.ones((2, 20))))
     monkeypatch.setattr(module, "_fit_call", lambda *_: interrupted)
+    monkeypatch.setattr(module, "fallback", lambda *_: "")
     monkeypatch.setattr(module, "protocol_adequacy", lambda *_: {"sentences": []})
 
     class Inputs:
@@ -81,7 +82,7 @@ def test_an_interrupted_fit_stays_interrupted(monkeypatch):
             subject, label = "01", "megre"
 
     class Settings:
-        omp_nthreads = 1
+        omp_nthreads, noise = 1, "gaussian"
 
     node = module.FitModel.__new__(module.FitModel)
     node.inputs = Inputs

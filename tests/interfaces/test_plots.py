@@ -12,7 +12,9 @@ from bids_gacelle.interfaces.plots import (
     gradient_table,
     obtained_sd,
     plot_axes,
+    smooth_models,
     timing_groups,
+    train_groups,
 )
 from bids_gacelle.interfaces.rois import tissue_voxels
 
@@ -133,3 +135,36 @@ def test_tissues_come_from_the_segmentation_that_names_most_of_them(tmp_path):
     np.testing.assert_array_equal(found["white matter"], labels[mask] == 2)
     bare = Series("dwi", "01", "", {}, (), atlases=(elsewhere,))
     assert tissue_voxels(bare, reference, mask) == ("", {})
+
+
+def test_complex_echoes_of_several_flip_angles_are_drawn_over_time():
+    times = 0.002 * np.arange(1, 9)
+    scheme = GradientEchoScheme(
+        echo_time=np.tile(times, 2),
+        flip_angle=np.repeat([5.0, 30.0], 8),
+        repetition_time=0.05,
+        field_strength=3,
+    )
+    model = get_model("mcrmwi")(scheme, steady_state="ideal")
+    axes = plot_axes(model)
+    assert axes["x_label"] == "Echo time (ms)"
+    np.testing.assert_allclose(axes["x"], np.tile(1e3 * times, 4))
+    groups = ["5°, real", "30°, real", "5°, imaginary", "30°, imaginary"]
+    assert axes["groups"] == list(np.repeat(groups, 8))
+    middle = {p.name: 100.0 if p.amplitude else np.mean(p.start) for p in model.parameters}
+    params = {k: torch.tensor([v]) for k, v in middle.items()}
+    signal = model.signal(params)[:, 0].numpy()
+    curves = smooth_models(model)
+    assert [curve.group for curve in curves] == groups
+    for k, curve in enumerate(curves):
+        smooth = curve.model.signal(params)[curve.rows, 0].numpy()
+        found = np.interp(1e3 * times, curve.x, smooth)
+        np.testing.assert_allclose(found, signal[8 * k : 8 * k + 8], atol=0.05)
+
+
+def test_single_echoes_are_drawn_over_the_flip_angle():
+    scheme = GradientEchoScheme(
+        echo_time=[0.002, 0.0021], flip_angle=[5, 20], repetition_time=[0.02, 0.03]
+    )
+    assert plot_axes(get_model("despot1")(scheme))["x"] == [5, 20]
+    assert train_groups(scheme) == ["5°, TR 20 ms", "20°, TR 30 ms"]

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.models.base import Inputs, Parameter, Reference
+from bids_gacelle.engine.models.base import POSITIVE, Inputs, Parameter, Reference
 from bids_gacelle.engine.models.diffusion import DiffusionModel
 from bids_gacelle.engine.physics.powder import axial_average, axial_average_slope
 from bids_gacelle.engine.physics.restricted import CYLINDER, RestrictedTable
@@ -101,6 +100,9 @@ class AxCaliberSmt(DiffusionModel):
         "dcsf": 3.0,
         "limit": "vangelderen",
     }
+    option_limits: ClassVar[dict[str, tuple[float, float]]] = dict.fromkeys(
+        ("d0", "dn", "depar", "dcsf"), POSITIVE
+    )
     choices = {"limit": ("vangelderen", "neuman")}  # noqa: RUF012
     starts = 2
     linear: tuple[str, ...] = ("fn", "fcsf")
@@ -128,9 +130,6 @@ class AxCaliberSmt(DiffusionModel):
     ) -> None:
         constants = {"d0": d0, "dn": dn, "depar": depar, "dcsf": dcsf}
         super().__init__(scheme, **constants, limit=limit, **options)
-        for name, value in constants.items():
-            if not 0 < value < float("inf"):
-                raise EngineError(f"{name} must be a positive diffusivity, got {value}.")
         self.dn, self.depar, self.dcsf = dn, depar, dcsf
         self.parameters = axcaliber_parameters(depar)
         assert scheme.small_delta is not None

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.models.base import Inputs, Parameter
+from bids_gacelle.engine.models.base import NOT_NEGATIVE, POSITIVE, Inputs, Parameter
 from bids_gacelle.engine.models.diffusion import DiffusionModel
 from bids_gacelle.engine.models.surface import (
+    SURFACE_LIMITS,
     SURFACE_OPTIONS,
     SURFACE_REFERENCE,
     SurfaceRelaxation,
@@ -54,6 +55,7 @@ class AxonalT2(DiffusionModel):
     minimum_echo_times = 2
     required = ("b", "echo_time")
     options = SURFACE_OPTIONS | {"b_min": _B_MIN, "dn": _DN}
+    option_limits = SURFACE_LIMITS | {"b_min": NOT_NEGATIVE, "dn": POSITIVE}
     compile_from = 4_000_000  # eager steps of so small a model are nearly as fast
     parameters: tuple[Parameter, ...] = (
         Parameter(
@@ -92,8 +94,6 @@ class AxonalT2(DiffusionModel):
     ) -> None:
         own = {"r2a": r2a, "k2a": k2a, "fit_r2a": fit_r2a, "fit_k2a": fit_k2a}
         super().__init__(scheme, **own, b_min=b_min, dn=dn, **options)
-        if not 0 < dn < float("inf"):
-            raise EngineError(f"dn must be a positive diffusivity, got {dn}.")
         weak = scheme.b[~self.wanted(scheme, {"b_min": b_min})]
         if weak.size:
             raise EngineError(

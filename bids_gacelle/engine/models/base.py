@@ -19,6 +19,10 @@ from bids_gacelle.engine.scheme import DiffusionScheme, GradientEchoScheme, Sche
 
 Inputs = dict[str, Tensor]
 
+POSITIVE = (float(np.finfo(np.float64).tiny), float(np.finfo(np.float64).max))
+NOT_NEGATIVE = (0.0, POSITIVE[1])
+"""Limits of options that are any positive number, or also 0."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -117,9 +121,12 @@ class SignalModel(ABC):
         True when data of either sign are meant; otherwise a first measurement that is not positive
         makes a voxel unusable.
     minimum_measurements
-        Smallest number of echoes, flip angles or shells.
+        Smallest number of echoes, flip angles or shells; of images, where flip angles have several
+        echoes and the model describes them.
+    minimum_flip_angles
+        Smallest number of different flip angles.
     minimum_echo_times
-        Smallest number of different echo times that a dwi series must have.
+        Smallest number of different echo times that a dwi series must have, or one flip angle.
     voxel_inputs, input_defaults
         Names of maps the signal depends on (such as b1), and the value when none is given. Those
         that an instance has may depend on its options.
@@ -130,8 +137,13 @@ class SignalModel(ABC):
         Constructor options with their defaults, whose type they keep; allowed values of those
         that have few. An instance has its values as attributes (unless there is a method of that
         name), and all of them in `chosen`.
+    option_limits
+        Least and largest value of options that are numbers with a limit.
     required
         Columns the acquisition must have.
+    plausibility
+        Of a model of gradient echoes, the rules (`prepare.echoes.RULES`) by which voxels are
+        flagged unless told otherwise.
     has_closed_form
         Whether the model gives a `closed_form`; set by itself.
     starts
@@ -158,13 +170,16 @@ class SignalModel(ABC):
     signed: bool = False
     needs_diffusion_times: ClassVar[bool] = False
     minimum_measurements: ClassVar[int] = 1
+    minimum_flip_angles: ClassVar[int] = 1
     minimum_echo_times: ClassVar[int] = 1
     voxel_inputs: tuple[str, ...] = ()
     input_defaults: dict[str, float] = {}  # noqa: RUF012
     input_limits: dict[str, tuple[float, float]] = {}  # noqa: RUF012
     options: ClassVar[dict[str, Any]] = {}
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    option_limits: ClassVar[dict[str, tuple[float, float]]] = {}
     required: ClassVar[tuple[str, ...]] = ()
+    plausibility: ClassVar[tuple[str, ...]] = ()
     starts: ClassVar[int] = 1
     compile_from: ClassVar[int] = 300_000
     has_closed_form: ClassVar[bool] = False
@@ -212,7 +227,7 @@ class SignalModel(ABC):
         Raises
         ------
         EngineError
-            An option is unknown, or its value is of the wrong type or not allowed.
+            An option is unknown, or its value is of the wrong type, not allowed or out of limits.
         """
         for name, value in options.items():
             if name not in cls.options:
@@ -223,6 +238,11 @@ class SignalModel(ABC):
             if not _is_a(value, wanted) or (allowed is not None and value not in allowed):
                 one_of = " or ".join(map(repr, allowed or ())) or f"of type {wanted.__name__}"
                 raise EngineError(f"The option {name} of {cls.name} is {one_of}, got {value!r}.")
+            low, high = limits = cls.option_limits.get(name, (-np.inf, np.inf))
+            if isinstance(value, Real) and not low <= float(value) <= high:
+                words = {POSITIVE: "a positive number", NOT_NEGATIVE: "a number of at least 0"}
+                wanted_value = words.get(limits, f"a number from {low:g} to {high:g}")
+                raise EngineError(f"{name} must be {wanted_value}, got {value}.")
 
     @classmethod
     def wants_echo_decay(cls, options: Mapping[str, Any]) -> bool:

@@ -43,6 +43,7 @@ class GreMwi(ThreePools):
     kind = "megre"
     minimum_measurements = 6
     required = ("echo_time", "field_strength")
+    plausibility = ("first-echo", "r2star")
     options = ThreePools.SHARED_OPTIONS
     compile_from = 1_000_000  # a step of so many parameters takes minutes to compile
     tissues = {  # noqa: RUF012

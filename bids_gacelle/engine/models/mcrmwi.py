@@ -115,6 +115,7 @@ class McrMwi(ThreePools):
     kind = "vfa"
     minimum_measurements = 8
     required = ("echo_time", "flip_angle", "repetition_time", "field_strength")
+    plausibility = ("first-echo", "r2star", "t1")
     options = ThreePools.SHARED_OPTIONS | {
         "exchange": True,
         "steady_state": "epgx",

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.axcalibersmt import AxCaliberSmt
-from bids_gacelle.engine.models.base import Inputs, Parameter
+from bids_gacelle.engine.models.base import NOT_NEGATIVE, Inputs, Parameter
 from bids_gacelle.engine.models.surface import (
+    SURFACE_LIMITS,
     SURFACE_OPTIONS,
     SURFACE_REFERENCE,
     SurfaceRelaxation,
@@ -66,6 +66,7 @@ class MeAxCaliberSmt(AxCaliberSmt):
     minimum_echo_times = 2
     required = ("b", "big_delta", "small_delta", "echo_time")
     options = AxCaliberSmt.options | SURFACE_OPTIONS | {"r2csf": 0.5}
+    option_limits = AxCaliberSmt.option_limits | SURFACE_LIMITS | {"r2csf": NOT_NEGATIVE}
     tissues = {  # noqa: RUF012
         name: values | {"r2e": 20.0} for name, values in AxCaliberSmt.tissues.items()
     }
@@ -93,8 +94,6 @@ class MeAxCaliberSmt(AxCaliberSmt):
         }
         super().__init__(scheme, **own, **options)
         self.check_echo_times(scheme)
-        if not 0 <= r2csf < float("inf"):
-            raise EngineError(f"r2csf must be a number in 1/s, at least 0, got {r2csf}.")
         self.r2csf = r2csf
         self._surface = SurfaceRelaxation(r2a, k2a, fit_r2a=fit_r2a, fit_k2a=fit_k2a)
         self.parameters = (*_parameters(self.parameters), *self._surface.parameters)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.models.base import Inputs, Parameter, Reference
+from bids_gacelle.engine.models.base import POSITIVE, Inputs, Parameter, Reference
 from bids_gacelle.engine.models.diffusion import DiffusionModel
 from bids_gacelle.engine.physics.powder import stick_average, stick_average_slope
 from bids_gacelle.engine.physics.restricted import SPHERE, RestrictedTable
@@ -56,6 +55,7 @@ class Sandi(DiffusionModel):
     minimum_measurements = 5
     required = ("b", "big_delta", "small_delta")
     options = {"ds": 3.0, "limit": "murdaycotts"}  # noqa: RUF012
+    option_limits = {"ds": POSITIVE}  # noqa: RUF012
     choices = {"limit": ("murdaycotts", "neuman")}  # noqa: RUF012
     starts = 8
     linear = ("fs", "fin")
@@ -180,15 +180,7 @@ class Sandi(DiffusionModel):
 
 
 def soma_table(scheme: DiffusionScheme, ds: float, *, wide: bool = False) -> RestrictedTable:
-    """Return the attenuation exponents of somas with diffusivity ds in um^2/ms.
-
-    Raises
-    ------
-    EngineError
-        The diffusivity is not positive.
-    """
-    if not 0 < ds < float("inf"):
-        raise EngineError(f"ds must be a positive diffusivity, got {ds}.")
+    """Return the attenuation exponents of somas with diffusivity ds in um^2/ms."""
     assert scheme.small_delta is not None
     assert scheme.big_delta is not None
     largest = Sandi.parameters[0].bounds[1]

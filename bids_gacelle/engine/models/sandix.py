@@ -40,6 +40,7 @@ class Sandix(NexiDot):
     minimum_measurements = 6
     required = ("b", "big_delta", "small_delta")
     options: ClassVar[dict[str, Any]] = {"l_max": 0, "ds": 3.0}
+    option_limits = Sandi.option_limits
     fitted: ClassVar[tuple[Parameter, ...]] = (*Sandi.parameters[:3], *FITTED[1:])
     parameters: tuple[Parameter, ...] = fitted
     derived = (

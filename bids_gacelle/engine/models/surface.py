@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.models.base import Parameter, Reference
+from bids_gacelle.engine.models.base import POSITIVE, Parameter, Reference
 
 SURFACE_OPTIONS: dict[str, Any] = {
     "r2a": 1 / 0.12697,
@@ -17,6 +16,7 @@ SURFACE_OPTIONS: dict[str, Any] = {
     "fit_k2a": False,
 }
 """Constructor options; the constants are for 3 T."""
+SURFACE_LIMITS = {"r2a": POSITIVE, "k2a": POSITIVE}
 
 SURFACE_REFERENCE = Reference(
     "barakovic2023",
@@ -54,9 +54,6 @@ class SurfaceRelaxation:
     """
 
     def __init__(self, r2a: float, k2a: float, *, fit_r2a: bool, fit_k2a: bool) -> None:
-        for name, value, unit in (("r2a", r2a, "1/s"), ("k2a", k2a, "um/s")):
-            if not 0 < value < float("inf"):
-                raise EngineError(f"{name} must be a positive number in {unit}, got {value}.")
         self.constants = {"r2a": r2a, "k2a": k2a}
         self.parameters = (_K2A,) * fit_k2a + (_R2A,) * fit_r2a
 
