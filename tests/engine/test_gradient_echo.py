@@ -10,6 +10,7 @@ import torch
 
 from bids_gacelle.engine import EngineError, GradientEchoScheme, fit, get_model
 from bids_gacelle.engine.derivatives import directional
+from bids_gacelle.engine.kernels import Compiled
 from bids_gacelle.engine.models import mcrmwi
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.physics import hollow_cylinder
@@ -428,8 +429,10 @@ def test_compiled_jacobians_are_the_eager_ones(name, options):
     with torch.no_grad():
         model.signal(params, inputs)  # fills the tables
         eager = model.jacobian(params, inputs)
-        compiled = torch.compile(model.jacobian, dynamic=False, fullgraph=True)(params, inputs)
-    for found, expected in zip(compiled, eager, strict=True):
+        compiled = Compiled(model.jacobian)
+        found_all = compiled(params, inputs)
+    assert compiled.works
+    for found, expected in zip(found_all, eager, strict=True):
         assert float((found - expected).abs().max() / expected.abs().max()) < 2e-6
 
 
