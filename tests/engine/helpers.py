@@ -103,7 +103,6 @@ ALL_MODELS = [
     ("gremwi", DIFFUSION),
     ("gremwi", {"fit_freq_mw": False, "fit_r2s_ew": False, "fibres": 2}),
     ("mcrmwi", {"steady_state": "ideal"}),
-    ("mcrmwi", {"steady_state": "surrogate"}),
     ("mcrmwi", {"steady_state": "ideal", "signal": "magnitude"}),
     ("mcrmwi", {"steady_state": "ideal", "fibres": 2} | DIFFUSION),
     ("mcrmwi", {"steady_state": "ideal", "exchange": False, "share_background": True}),

@@ -1,5 +1,7 @@
 """Models of gradient echoes against numbers of another program, and against code of their own."""
 
+import shutil
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -8,6 +10,7 @@ import torch
 
 from bids_gacelle.engine import EngineError, GradientEchoScheme, fit, get_model
 from bids_gacelle.engine.derivatives import directional
+from bids_gacelle.engine.kernels import Compiled
 from bids_gacelle.engine.models import mcrmwi
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.physics import hollow_cylinder
@@ -414,8 +417,28 @@ def test_mcrmwi_reference_with_spoiling(shared, monkeypatch, name):
     assert float((signal - expected).norm() / expected.norm()) < 1e-3
 
 
-def test_derivatives_of_simulated_steady_states():
-    model = make_model("mcrmwi", steady_state="epgx")
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "options"), [("gremwi", DIFFUSION), ("mcrmwi", {"steady_state": "ideal"})]
+)
+def test_compiled_jacobians_are_the_eager_ones(name, options):
+    model = make_model(name, **options)
+    params = {k: v.float() for k, v in draw(model, 64, 30).items()}
+    inputs = {k: v.float() for k, v in draw_inputs(model, 64, 31).items()}
+    with torch.no_grad():
+        model.signal(params, inputs)  # fills the tables
+        eager = model.jacobian(params, inputs)
+        compiled = Compiled(model.jacobian)
+        found_all = compiled(params, inputs)
+    assert compiled.works
+    for found, expected in zip(found_all, eager, strict=True):
+        assert float((found - expected).abs().max() / expected.abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("steady_state", ["epgx", "surrogate"])
+def test_derivatives_of_steady_states_with_spoiling(steady_state):
+    model = make_model("mcrmwi", steady_state=steady_state)
     params, inputs = draw(model, 12, 12), draw_inputs(model, 12, 13)
     signal, jacobian = model.jacobian(params, inputs)
     forward_signal, forward = SignalModel.jacobian(model, params, inputs)

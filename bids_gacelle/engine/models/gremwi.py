@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.models.base import Inputs, Reference
-from bids_gacelle.engine.models.threepools import PARAMETERS, TIMES, WHARTON, ThreePools, typical
+from bids_gacelle.engine.models.threepools import (
+    PARAMETERS,
+    TIMES,
+    WHARTON,
+    WHITE_MATTER,
+    ThreePools,
+    typical,
+)
 
 
 class GreMwi(ThreePools):
@@ -38,10 +45,9 @@ class GreMwi(ThreePools):
     required = ("echo_time", "field_strength")
     plausibility = ("first-echo", "r2star")
     options = ThreePools.SHARED_OPTIONS
-    starts = 2
-    compile_from = 100_000
+    compile_from = 1_000_000  # a step of so many parameters takes minutes to compile
     tissues = {  # noqa: RUF012
-        "white matter": {"MWF": 0.12, "R2sMW": 100.0, "R2sIW": 16.0, "R2sEW": 22.0},
+        "white matter": WHITE_MATTER,
     }
     parameters = PARAMETERS
     derived = TIMES

@@ -19,6 +19,7 @@ from bids_gacelle.engine.models.threepools import (
     SHIFTS,
     TIMES,
     WHARTON,
+    WHITE_MATTER,
     ThreePools,
     typical,
 )
@@ -124,18 +125,11 @@ class McrMwi(ThreePools):
     }
     choices = ThreePools.choices | {"steady_state": ("epgx", "surrogate", "ideal")}
     starts = 1
-    compile_from = 50_000
+    compile_from = 1 << 30  # a step of so many parameters takes many minutes to compile
     voxel_inputs = ("b1",)
     input_defaults = {"b1": 1.0}  # noqa: RUF012
     tissues = {  # noqa: RUF012
-        "white matter": {
-            "MWF": 0.12,
-            "R1IEW": 0.95,
-            "kIEWM": 2.0,
-            "R2sMW": 100.0,
-            "R2sIW": 16.0,
-            "R2sEW": 22.0,
-        },
+        "white matter": WHITE_MATTER | {"R1IEW": 0.95, "kIEWM": 2.0},
     }
     parameters = (
         AMPLITUDE,

@@ -96,7 +96,7 @@ DECAYS = (
 )
 SHIFTS = (
     _shift("MW", "myelin water", (-0.1, 0.25), (0.0, 0.12)),
-    _shift("IW", "intra-axonal water", (-0.1, 0.1), (-0.04, 0.01)),
+    _shift("IW", "intra-axonal water", (-0.1, 0.05), (-0.04, 0.01)),
 )
 TIMES = tuple(
     Parameter(
@@ -114,6 +114,16 @@ TIMES = tuple(
     )
 )
 
+# Customary starting values of white matter at 3 T, no measurement of one tissue.
+WHITE_MATTER = {
+    "MWF": 0.12,
+    "IWF": 0.6,
+    "R2sMW": 100.0,
+    "R2sIW": 16.0,
+    "R2sEW": 22.0,
+    "freqMW": 0.04,
+    "freqIW": -0.01,
+}
 PARAMETERS = (AMPLITUDE, *FRACTIONS, *DECAYS, *SHIFTS, BACKGROUND, INITIAL_PHASE)
 
 
