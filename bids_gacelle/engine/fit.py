@@ -214,7 +214,7 @@ def fit(
             model.name,
         )
     kind = run.settings if spatial is None else spatial.settings
-    tuning = _tune(kind, model.starts if starts is None else starts, seed, options)
+    tuning = _tune(kind, model, starts, seed, options)
     fits = study.n * (tuning.starts + (EXTRA_STARTS if spatial else 0)) * run.effort
     dtype = _PRECISIONS[precision]
     tuning = replace(tuning, **_compilation(model, places[0], fits, study.n))
@@ -522,9 +522,14 @@ class _Fitter:
 
 
 def _tune(
-    kind: type[Settings], starts: int, seed: int, options: Mapping[str, Any] | None
+    kind: type[Settings],
+    model: SignalModel,
+    starts: int | None,
+    seed: int,
+    options: Mapping[str, Any] | None,
 ) -> Settings:
-    """Return the checked settings of a solver."""
+    """Return the checked settings of a solver; what is not given is as the model recommends."""
+    starts = model.starts if starts is None else starts
     if isinstance(starts, bool) or not isinstance(starts, Integral) or starts < 1:
         raise EngineError(f"starts must be a whole number and at least 1, got {starts!r}.")
     if not isinstance(options or {}, Mapping):
@@ -533,7 +538,9 @@ def _tune(
     unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise EngineError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
-    settings = kind(starts=int(starts), seed=int(seed), **(options or {}))
+    recommended = {"max_evaluations": model.max_evaluations}
+    given = {k: v for k, v in recommended.items() if k in known} | dict(options or {})
+    settings = kind(starts=int(starts), seed=int(seed), **given)
     if settings.dictionary < starts:
         raise EngineError(
             f"A dictionary of {settings.dictionary} entries cannot give {starts} starts."

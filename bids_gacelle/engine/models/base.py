@@ -148,6 +148,8 @@ class SignalModel(ABC):
         Whether the model gives a `closed_form`; set by itself.
     starts
         Number of starts the fit uses unless told otherwise.
+    max_evaluations
+        After so many evaluations Levenberg-Marquardt gives a voxel up unless told otherwise.
     compile_from
         Voxels times starts from which compiling the fit pays for its 20 to 60 s.
     tissues
@@ -181,6 +183,7 @@ class SignalModel(ABC):
     required: ClassVar[tuple[str, ...]] = ()
     plausibility: ClassVar[tuple[str, ...]] = ()
     starts: ClassVar[int] = 1
+    max_evaluations: ClassVar[int] = 50
     compile_from: ClassVar[int] = 300_000
     has_closed_form: ClassVar[bool] = False
     tissues: ClassVar[dict[str, dict[str, float]]] = {}

@@ -155,6 +155,7 @@ class ThreePools(GradientEchoModel):
         Names of the parameters that the magnetisations depend on.
     """
 
+    max_evaluations = 200  # without a prior the last few take long along a flat valley
     SHARED_OPTIONS: ClassVar[dict[str, Any]] = {
         "signal": "complex",
         "fit_iwf": True,
