@@ -141,7 +141,7 @@ def run_case(case, scan, options):
     complex_data = model.n_measurements == 2 * len(scheme)
     inputs = {"b1": scan.b1.astype(np.float32)} if "b1" in model.voxel_inputs else None
     results, demodulation, data = [], [], None
-    for seed in (1, 2):
+    for seed in range(1, options.draws + 1):
         images = scan.measure(case.flips, seed)
         began = time.perf_counter()
         data = demodulate(images, scheme).signals if complex_data else np.abs(images)
@@ -167,7 +167,7 @@ def run_case(case, scan, options):
         "at_bound": settings[-1]["at_bound"],
         "at_bound_in_white_matter": float(np.mean(results[-1].flags[scan.white] & 2 > 0)),
     }
-    if "MWF" in model.parameter_names:
+    if "MWF" in model.parameter_names and options.draws > 1:
         maps = [result.maps["MWF"] for result in results]
         row["mwf"] = accuracy(maps, scan.pools["MWF"], scan)
         if len(case.flips) == 1:
@@ -325,6 +325,7 @@ def main():
     parser.add_argument("--steady-state", help="of mcrmwi, if not its default")
     parser.add_argument("--starts", type=int, help="of all models, if not their defaults")
     parser.add_argument("--scipy-voxels", type=int, default=50)
+    parser.add_argument("--draws", type=int, choices=(1, 2), default=2, help="1: times only")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

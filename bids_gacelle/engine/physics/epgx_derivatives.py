@@ -162,7 +162,14 @@ def _signals(
 
 def _line_with_slopes(train: _Train, orders: int) -> tuple[Symmetric, _Slopes]:
     """Return the inverse of X_0 and its derivatives."""
-    one = torch.ones_like(train.tangent)
+    one, root = torch.ones_like(train.tangent), (train.decay[0].sqrt(), train.decay[2].sqrt())
+    # What is multiplied by complex numbers at every order is made complex once.
+    one, *root, cosine, sine, tangent = (
+        _complex(real) for real in (one, *root, train.cosine, train.sine, train.tangent)
+    )
+    decay = root[0] * root[0], root[0] * root[1], root[1] * root[1]
+    train = train._replace(decay=decay, cosine=cosine, sine=sine)
+    square, inverse = tangent * tangent, 1 / tangent
     echo: Symmetric = one, torch.zeros_like(one), one
     kept = []
     for k in range(orders - 1, 0, -1):
@@ -186,13 +193,13 @@ def _line_with_slopes(train: _Train, orders: int) -> tuple[Symmetric, _Slopes]:
     w11, w12, w22 = first[0] - 1, first[1], first[2] - 1
     lost = [[-2 * w11, -w12, nothing], [nothing, -w12, -2 * w22]]
     rest = [[nothing] * 3 for _ in range(4)]
-    root = train.decay[0].sqrt(), train.decay[2].sqrt()
     below: Matrix = one, nothing, nothing, one
     for k, (line, pulse, passed, echo) in enumerate(reversed(kept), 1):
         turn = _unit((k - 0.5) * train.increment)
         slow, fast = turn * root[0], turn * root[1]
         below = below[0] * slow, below[1] * fast, below[2] * slow, below[3] * fast
-        for total, part in zip(rest, _of_pulse(train, pulse, _times(below, echo)), strict=True):
+        by_pulse = _of_pulse(train, square, inverse, pulse, _times(below, echo))
+        for total, part in zip(rest, by_pulse, strict=True):
             total[:] = [a + b for a, b in zip(total, part, strict=True)]
         below = _product(below, passed)
         b11, b12, b21, b22 = below
@@ -209,10 +216,17 @@ def _line_with_slopes(train: _Train, orders: int) -> tuple[Symmetric, _Slopes]:
     return first, _Slopes((slow_rate, fast_rate), (slow_loss, fast_loss), between, tangent)
 
 
+def _complex(real: Tensor) -> Tensor:
+    return torch.complex(real, torch.zeros_like(real))
+
+
 def _of_pulse(
-    train: _Train, pulse: tuple[Tensor, Tensor], f: Matrix
+    train: _Train, square: Tensor, inverse: Tensor, pulse: tuple[Tensor, Tensor], f: Matrix
 ) -> tuple[Symmetric, Symmetric, Symmetric, Symmetric]:
-    """Return -F (d Y) F^T for the rates of both modes, the angle between modes, and tan(a / 2)."""
+    """Return -F (d Y) F^T for the rates of both modes, the angle between modes, and tan(a / 2).
+
+    `square` and `inverse` are of tan(a / 2).
+    """
     f11, f12, f21, f22 = f
     s11, s12, s21, s22 = f11 * f11, f12 * f12, f21 * f21, f22 * f22
     whole = s11 + s12, f11 * f21 + f12 * f22, s21 + s22
@@ -221,11 +235,8 @@ def _of_pulse(
     c, s = train.cosine, train.sine
     lean = tuple(c * a + s * b for a, b in zip(along, aside, strict=True))
     cross = tuple(c * b - s * a for a, b in zip(along, aside, strict=True))
-    first, second = (-0.5 * _by_rate(train, y) for y in pulse)
-    middle, apart = (
-        -(1 / train.tangent) * (pulse[0] + pulse[1]),
-        -(1 / train.tangent) * (pulse[0] - pulse[1]),
-    )
+    first, second = (-0.5 * _by_rate(square, y) for y in pulse)
+    middle, apart = -inverse * (pulse[0] + pulse[1]), -inverse * (pulse[0] - pulse[1])
     turn = 0.5 * (pulse[1] - pulse[0])
     pairs = list(zip(whole, lean, strict=True))
     by_slow = [first * (w + v) for w, v in pairs]
@@ -240,23 +251,22 @@ def _of_pulse(
     )
 
 
-def _by_rate(train: _Train, y: Tensor) -> Tensor:
-    """Return the derivative of t^2 (1 + e) / (1 - e) by -log e."""
-    square = train.tangent * train.tangent
+def _by_rate(square: Tensor, y: Tensor) -> Tensor:
+    """Return the derivative of t^2 (1 + e) / (1 - e) by -log e; `square` is t^2."""
     return 0.5 * (square - y * y / square)
 
 
 def _first_pulse(train: _Train) -> tuple[Symmetric, _Slopes]:
     """Return Y_0, which is real, and its derivatives."""
     slow, fast = (y.real for y in _pulse(train, 0))
-    nothing = torch.zeros_like(slow)
+    nothing, square = torch.zeros_like(slow), train.tangent * train.tangent
     none = nothing, nothing, nothing
     half = 0.5 * (slow - fast)
     twice = 2 / train.tangent
     return _turned(train, slow, fast), _Slopes(
         (
-            _turned(train, _by_rate(train, slow), nothing),
-            _turned(train, nothing, _by_rate(train, fast)),
+            _turned(train, _by_rate(square, slow), nothing),
+            _turned(train, nothing, _by_rate(square, fast)),
         ),
         (none, none),
         (-half * train.sine, half * train.cosine, half * train.sine),
