@@ -290,8 +290,8 @@ def test_two_equal_fibres_are_one_and_shares_need_not_add_up():
     ("options", "message"),
     [
         ({"fibres": 2}, "also set one of fit_freq_mw, fit_freq_iw, fit_r2s_ew to False"),
-        ({"fibres": 0}, "fibres of gremwi must be 1 to 9, got 0"),
-        ({"rho": 0.0}, "rho of gremwi must be above 0"),
+        ({"fibres": 0}, "fibres must be a number from 1 to 9, got 0"),
+        ({"rho": 0.0}, "rho must be a number from 0.01 to 1, got 0"),
         ({"signal": "real"}, "signal of gremwi is 'complex' or 'magnitude', got 'real'"),
     ],
 )
@@ -473,7 +473,8 @@ def test_mcrmwi_names_a_background_for_each_excitation():
     ("columns", "options", "message"),
     [
         ({"flip_angle": 20}, {}, "two different flip angles .* gremwi fits a single one"),
-        ({}, {"t1_myelin": 0.0}, "t1_myelin must be a time in s above 0, got 0.0"),
+        ({}, {"t1_myelin": 0.0}, "t1_myelin must be a number from 0.01 to 5, got 0.0"),
+        ({}, {"t1_myelin": 234.0}, "t1_myelin must be a number from 0.01 to 5, got 234.0"),
         (
             {"spoiling_increment": [50] * 8 + [117] * 8},
             {},
@@ -527,6 +528,7 @@ def test_the_surrogate_stands_in_for_the_simulation():
         ({"flip_angle": [0.5] * 8 + [20] * 8}, {}, "flip angles of 1 to 110 degrees, not 0.5"),
         ({"spoiling_increment": 84}, {}, "increments of 50, 117, 150 degrees .* not 84"),
         ({}, {"t1_myelin": 0.7}, "a myelin T1 of 150 to 600 ms, not 700"),
+        ({}, {"rho": 0.2}, "myelin fills up to 0.833 of the volume, but .* up to 0.72"),
     ],
 )
 def test_protocols_the_surrogate_does_not_know_are_refused(columns, options, message):

@@ -124,6 +124,10 @@ class McrMwi(ThreePools):
         "share_background": False,
     }
     choices = ThreePools.choices | {"steady_state": ("epgx", "surrogate", "ideal")}
+    option_limits = ThreePools.option_limits | {
+        "t1_myelin": (0.01, 5.0),  # a number of ms is out of it
+        "spoiling_increment": (-360.0, 360.0),
+    }
     starts = 1
     compile_from = 1 << 30  # a step of so many parameters takes many minutes to compile
     voxel_inputs = ("b1",)
@@ -162,14 +166,12 @@ class McrMwi(ThreePools):
                 f"{self.name} needs at least two different flip angles or repetition times, got "
                 f"one ({self.excitations[0, 0]:g} degrees): gremwi fits a single one."
             )
-        if not 0 < self.t1_myelin < float("inf"):
-            raise EngineError(f"t1_myelin must be a time in s above 0, got {self.t1_myelin}.")
         self.increment = self._increment()
-        least = torch.tensor(
-            [0.0, _LEAST_R2S, R2_MYELIN, 0.0, float(self.excitations[:, 1].min())]
+        none, slowest, fast, shortest = torch.tensor(
+            [0.0, _LEAST_R2S, R2_MYELIN, self.excitations[:, 1].min()], dtype=torch.float64
         )
         # The bound is far from sharp: with these orders the error stays below 1e-6.
-        self._orders = int(truncation_order(*least.double(), tolerance=1e-4))
+        self._orders = int(truncation_order(none, slowest, fast, none, shortest, tolerance=1e-4))
         self.surrogate = None
         angles = _SIMULATED_DEG
         if self.steady_state == "surrogate":
@@ -286,6 +288,15 @@ class McrMwi(ThreePools):
                     f"{self.name}: {wrong} Set steady_state='epgx', which computes the steady "
                     "states of any protocol."
                 )
+        share = next(p for p in FRACTIONS if p.name == "MWF").bounds[1]
+        share /= share + (1 - share) * self.rho
+        trained = model_card()["ranges"]["fraction"][1]
+        if share > trained:
+            raise EngineError(
+                f"{self.name}: with rho={self.rho:.4g} myelin fills up to {share:.3g} of the "
+                f"volume, but the surrogate of EPG-X was trained up to {trained:g}. Set "
+                "steady_state='epgx', which computes the steady states of any protocol."
+            )
         low, high = model_card()["ranges"]["angle_deg"]
         return Surrogate(self.increment), (low, high)
 

@@ -166,6 +166,10 @@ class ThreePools(GradientEchoModel):
         "rho": MYELIN_WATER_DENSITY,
     }
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"signal": ("complex", "magnitude")}
+    option_limits: ClassVar[dict[str, tuple[float, float]]] = {
+        "fibres": (1, 9),
+        "rho": (0.01, 1.0),
+    }
     input_limits = {"iwf": (0.0, 1.0)} | {
         f"{name}{n}": (0.0, float("inf")) for name in ("theta", "ff") for n in range(1, 10)
     }
@@ -175,17 +179,8 @@ class ThreePools(GradientEchoModel):
 
     def __init__(self, scheme: GradientEchoScheme, **options: Any) -> None:
         super().__init__(scheme, **options)
-        if not 1 <= self.fibres <= 9:
-            raise EngineError(f"fibres of {self.name} must be 1 to 9, got {self.fibres}.")
-        if not 0 < self.rho <= 1:
-            raise EngineError(f"rho of {self.name} must be above 0 and at most 1, got {self.rho}.")
         given = {name for name, option in _FROM_FIBRES.items() if not self.chosen[option]}
         self.has_cylinders = bool(given)
-        if self.fibres > 1 and not given:
-            raise EngineError(
-                f"{self.name} fits all that fibres would tell: with fibres={self.fibres}, also "
-                f"set one of {', '.join(_FROM_FIBRES.values())} to False."
-            )
         if not self.chosen["fit_iwf"]:
             given.add("IWF")
         if not self.is_complex:
@@ -199,6 +194,17 @@ class ThreePools(GradientEchoModel):
         self.input_defaults = type(self).input_defaults | {
             name: typical.get(name, _ANGLE) for name in needed
         }
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, object]) -> None:
+        """Check constructor options; several fibres need something that they tell."""
+        super().check_options(options)
+        chosen = cls.options | dict(options)
+        if chosen["fibres"] > 1 and all(chosen[name] for name in _FROM_FIBRES.values()):
+            raise EngineError(
+                f"{cls.name} fits all that fibres would tell: with fibres={chosen['fibres']}, "
+                f"also set one of {', '.join(_FROM_FIBRES.values())} to False."
+            )
 
     @classmethod
     def needed_inputs(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
