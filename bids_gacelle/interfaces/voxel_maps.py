@@ -83,7 +83,7 @@ def _angles_of_vectors(path: str, reference: SpatialImage) -> list[np.ndarray]:
         vectors = np.moveaxis(data, 3, 4)
     angles = fibre_angles(vectors, image.affine, _along_scanner(Path(path)))
     volumes = np.moveaxis(angles, -1, 0).astype(np.float32)
-    return [_resampled(v, image, reference, order=0) for v in volumes]
+    return [_resampled(path, v, image, reference, order=0) for v in volumes]
 
 
 def _along_scanner(path: Path) -> bool:
@@ -104,11 +104,11 @@ def _on_grid(
     volumes = np.moveaxis(data.reshape(*data.shape[:3], -1), 3, 0)
     if positive:
         volumes = np.where(volumes > 0, volumes, np.nan)
-    return [_resampled(v, image, reference, order=0 if nearest else 1) for v in volumes]
+    return [_resampled(path, v, image, reference, 0 if nearest else 1) for v in volumes]
 
 
 def _resampled(
-    values: np.ndarray, image: SpatialImage, reference: SpatialImage, order: int
+    path: str, values: np.ndarray, image: SpatialImage, reference: SpatialImage, order: int
 ) -> np.ndarray:
     """Resample values and their support apart and divide.
 
@@ -119,6 +119,7 @@ def _resampled(
 
     def moved(part: np.ndarray) -> np.ndarray:
         source = Nifti1Image(part.astype(np.float32), image.affine)
+        source.set_filename(path)  # for the message if it does not overlap
         return np.asarray(resample_to(source, reference, order=order).dataobj)
 
     known = np.isfinite(values)

@@ -81,3 +81,10 @@ def test_orientations_become_angles(tmp_path, scanner):
 def test_maps_that_are_not_what_their_name_says(tmp_path, name, shape, value, words):
     with pytest.raises(InputError, match=words):
         read(tmp_path, np.full(shape, value), name=name)
+
+
+def test_a_map_elsewhere_is_named(tmp_path):
+    affine = AFFINE.copy()
+    affine[:3, 3] += 500
+    with pytest.raises(InputError, match=r"iwf\.nii\.gz does not overlap"):
+        read(tmp_path, np.full(SHAPE, 0.5), affine)
