@@ -193,10 +193,10 @@ def describe_models() -> str:
             f"{p.name} [{map_unit(p, field_strength=1.0).unit}]"
             for p in (*model.parameters, *model.derived)
         )
-        needs = (
-            f"{model.kind}, at least {model.minimum_measurements} "
-            + ({"megre": "echoes", "vfa": "flip angles", "dwi": "shells"}[model.kind])
-        )
+        counted = {"megre": "echoes", "vfa": "flip angles", "dwi": "shells"}[model.kind]
+        if model.kind == "vfa" and "echo_time" in model.required:
+            counted = "images of different flip angle or echo time"
+        needs = f"{model.kind}, at least {model.minimum_measurements} {counted}"
         if model.needs_diffusion_times:
             needs += " with known pulse duration and separation"
         if model.minimum_echo_times > 1:

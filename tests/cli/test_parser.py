@@ -153,6 +153,8 @@ def test_list_models_needs_no_dataset(capsys):
     out = capsys.readouterr().out
     assert "nexi" in out
     assert "R2star [1/s]" in out
+    assert "vfa, at least 2 flip angles" in out
+    assert "vfa, at least 8 images of different flip angle or echo time" in out
 
 
 def test_version(capsys):
