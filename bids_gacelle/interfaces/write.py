@@ -268,7 +268,7 @@ class WriteManifest(Step):
                 *run["warnings"].get(f"{series.subject}/{series.session}/{series.label}", []),
                 *self.inputs.collected["warnings"],
                 *self.inputs.prepared["warnings"],
-                *([note] if note else []),
+                *([f"{model.name}: {note}"] if note else []),
                 *([said] if said else []),
                 *self.inputs.tables["problems"],
             ],
@@ -285,7 +285,9 @@ def total_field(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Field offset (voxels,) in Hz and its standard deviation, mean over the flip angles.
 
-    None where the signals have no phase.
+    The corrections of the flip angles have nearly the same error, that of the frequencies of the
+    pools: the mean of their standard deviations is that of their mean. None where the signals
+    have no phase.
     """
     fitted = [p for p in model.parameters if p.name.rstrip("0123456789") == "dfreqBKG"]
     if "complex" not in prepared or not fitted:
@@ -294,7 +296,7 @@ def total_field(
     factor = map_units(model)[fitted[0].name].factor / len(fitted)
     corrections = factor * np.stack([fit[f"map_{p.name}"] for p in fitted])
     deviations = factor * np.stack([fit[f"std_{p.name}"] for p in fitted])
-    return found + corrections.sum(axis=0), np.sqrt((deviations**2).sum(axis=0))
+    return found + corrections.sum(axis=0), deviations.sum(axis=0)
 
 
 def scheme_file(settings: Settings, series: Series) -> PurePosixPath | None:

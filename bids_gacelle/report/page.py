@@ -395,7 +395,9 @@ class _Builder:
         shown: dict[tuple[str, str], dict[str, Any]] = {}
         for manifest in fitted:
             mask, reference = manifest.get("mask") or {}, manifest.get("reference") or {}
-            key = (str(mask.get("source") or mask.get("file")), str(manifest.get("series", "")))
+            # a mask made from the image has no source: it is the same for all models of a series
+            found = mask.get("source") or (mask.get("origin"), manifest.get("n_voxels"))
+            key = (str(found), str(manifest.get("series", "")))
             if key in shown:
                 shown[key]["models"].append(str(manifest.get("model", "")))
                 continue

@@ -12,6 +12,7 @@ from bids_gacelle.interfaces.units import (
     map_units,
     prior_in_map_units,
 )
+from bids_gacelle.interfaces.write import total_field
 
 PPM = 42.577478518 * 3  # Hz at 3 T, CODATA
 
@@ -57,3 +58,20 @@ def test_a_frequency_without_a_known_field_stays_in_ppm():
     assert map_unit(shift, None) == ("ppm", 1)
     susceptibility = Parameter("chi", "ppm", "Susceptibility", bounds=(-1, 1), suffix="Chimap")
     assert map_unit(susceptibility, 3.0) == ("ppm", 1)
+
+
+def test_the_error_of_the_field_is_that_which_all_flip_angles_share(tmp_path):
+    scheme = GradientEchoScheme(
+        echo_time=np.tile(0.003 * np.arange(1, 9), 3),
+        flip_angle=np.repeat([5.0, 20, 60], 8),
+        repetition_time=0.04,
+        field_strength=3,
+    )
+    fitted = get_model("mcrmwi")(scheme, steady_state="ideal")
+    np.save(tmp_path / "field.npy", np.array([[10.0, 0], [12, 0], [14, 0]], np.float32))
+    fit = {f"map_dfreqBKG{n}": np.array([0.01, 0.0]) for n in (1, 2, 3)}
+    fit |= {f"std_dfreqBKG{n}": np.array([0.02, np.nan if n == 2 else 0.02]) for n in (1, 2, 3)}
+    found = total_field(fitted, fit, {"complex": {"field": str(tmp_path / "field.npy")}})
+    assert found is not None
+    np.testing.assert_allclose(found[0], [12 + 0.01 * PPM, 0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], [0.02 * PPM, np.nan], rtol=1e-6)
