@@ -217,8 +217,8 @@ def _flag_implausible(
     b1 = prepared["inputs"].get("b1")
     rules = model.plausibility or tuple(RULES)
     broken = implausible(magnitudes, scheme, rules, None if b1 is None else np.load(b1))
-    any_rule = np.logical_or.reduce(list(broken.values()))
-    flags = flags | (any_rule * np.uint8(FLAG_IMPLAUSIBLE)).astype(flags.dtype)
+    for voxels in broken.values():
+        flags = flags | (voxels * np.uint8(FLAG_IMPLAUSIBLE)).astype(flags.dtype)
     return flags, {RULES[rule]: float(voxels.mean()) for rule, voxels in broken.items()}
 
 

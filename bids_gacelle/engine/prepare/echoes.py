@@ -77,18 +77,18 @@ def implausible(
     magnitudes
         (images, voxels)
     rules
-        Some of `RULES`; one that an acquisition cannot tell of breaks nowhere.
+        Some of `RULES`.
     b1
         (voxels,) relative transmit field; voxels where it is NaN break no rule of T1.
 
     Returns
     -------
-    By rule, (voxels,)
+    (voxels,) by rule, but for rules that the acquisition cannot tell of.
     """
     trains = _trains(scheme)
     first = magnitudes[[rows[0] for rows in trains]].astype(np.float64)
-    found = {rule: np.zeros(magnitudes.shape[1], bool) for rule in rules}
-    if "first-echo" in found:
+    found: dict[str, _Bool] = {}
+    if "first-echo" in rules:
         found["first-echo"] = np.logical_or.reduce(~(first > 0))
     several = [rows for rows in trains if len(rows) > 1]
     rate = np.zeros(magnitudes.shape[1])
@@ -99,10 +99,10 @@ def implausible(
             fall += train[0] - train[-1]
             area += ((train[1:] + train[:-1]) / 2 * np.diff(time)[:, None]).sum(axis=0)
         rate = fall / np.maximum(area, _TINY)
-        if "r2star" in found:
+        if "r2star" in rules:
             found["r2star"] = ~(rate >= SLOWEST_R2STAR)
     angles = None if scheme.flip_angle is None else scheme.flip_angle[[r[0] for r in trains]]
-    if "t1" in found and angles is not None and len(set(angles)) > 1:
+    if "t1" in rules and angles is not None and len(set(angles)) > 1:
         if scheme.echo_time is not None:
             start = scheme.echo_time[[rows[0] for rows in trains]]
             first = first * np.exp(np.clip(rate * start[:, None], -10, 10))
