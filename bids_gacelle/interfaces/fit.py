@@ -39,6 +39,12 @@ PILOT_VOXELS = 1024
 
 SECONDS_BETWEEN_LINES = 5.0
 
+SIGN_VOXELS = 200
+"""Voxels that are fitted with the phase of the other sign, too, to notice a wrong one."""
+
+# Residuals of the right sign are below this share of those of the wrong one.
+_CLEARLY_LESS = 0.8
+
 
 class _FitInputSpec(StepInputSpec):
     model = traits.Str(mandatory=True)
@@ -85,6 +91,9 @@ class FitModel(Step):
                 LOGGER.warning("%s: %s", title.removesuffix(f" {name}"), sentence)
             _announce(title, call, data)
             result = call(data, slice(None), _progress(title))
+            if doubt := _doubt_of_sign(model, call, data, result, settings):
+                LOGGER.warning("%s: %s", title, doubt)
+                result.settings["sign_doubt"] = doubt
         except EngineError as error:
             raise InputError(f"{title}: {error}") from error
         except FitInterrupted:  # an unfinished fit is no fit: the run ends
@@ -138,7 +147,7 @@ def load_fit(fitted: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _fit_call(
     model: Any, settings: Settings, prepared: dict[str, Any]
-) -> Callable[[np.ndarray, slice, Any], FitResult]:
+) -> Callable[..., FitResult]:
     given = settings.model_options.get(model.name, {})
     _, options = split_options(model.name, given, settings.solver)
     inputs = {k: np.load(v) for k, v in prepared["inputs"].items() if k in model.voxel_inputs}
@@ -154,10 +163,16 @@ def _fit_call(
         weights = weighted
     noise = "gaussian" if _is_complex(model) else settings.noise
 
-    def call(data: np.ndarray, voxels: slice, progress: Any) -> FitResult:
+    def call(
+        data: np.ndarray, voxels: slice, progress: Any, *, conjugate: bool = False
+    ) -> FitResult:
+        chosen = data[:, voxels]
+        if conjugate:
+            real, imaginary = np.split(chosen, 2)
+            chosen = np.concatenate((real, -imaginary))
         return fit(
             model,
-            data[:, voxels],
+            chosen,
             sigma=None if sigma is None else sigma[: len(data), voxels],
             scale_sigma=None if scale is None else scale[:, voxels],
             scale_group=None if group is None else group[: len(data)],
@@ -175,6 +190,34 @@ def _fit_call(
         )
 
     return call
+
+
+def _doubt_of_sign(
+    model: Any,
+    call: Callable[..., FitResult],
+    data: np.ndarray,
+    result: FitResult,
+    settings: Settings,
+) -> str:
+    """Say if the phase of the other sign fits clearly better; "" if not.
+
+    One sign only suits the frequency of myelin water and the phases of steady states.
+    """
+    if not _is_complex(model) or "freqMW" not in {p.name for p in type(model).parameters}:
+        return ""
+    n = data.shape[1]
+    voxels = slice(0, n, max(1, n // SIGN_VOXELS))
+    with _quiet_engine():
+        other = call(data, voxels, None, conjugate=True)
+    ours, theirs = result.nrmse[voxels], other.nrmse
+    known = np.isfinite(ours) & np.isfinite(theirs)
+    if not known.any() or np.median(theirs[known]) >= _CLEARLY_LESS * np.median(ours[known]):
+        return ""
+    sign = "negative" if settings.phase_sign == "positive" else "positive"
+    return (
+        f"the residuals would be {np.median(theirs[known] / ours[known]):.2f} times as large with "
+        f"--phase-sign {sign}: the sign of the phase is probably wrong, and so are these maps"
+    )
 
 
 def _is_complex(model: Any) -> bool:

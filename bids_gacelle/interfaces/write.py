@@ -252,7 +252,7 @@ class WriteManifest(Step):
         """The words of the manifest."""
         fitted, run = self.inputs.fitted, self.inputs.run
         inputs = provenance.listed_inputs(series, run["datasets"])
-        note = fitted["settings"].get("note")
+        notes = [fitted["settings"].get(name) for name in ("note", "sign_doubt")]
         said = fallback(model.name, settings, self.inputs.prepared)
         return {
             "title": model.title,
@@ -268,7 +268,7 @@ class WriteManifest(Step):
                 *run["warnings"].get(f"{series.subject}/{series.session}/{series.label}", []),
                 *self.inputs.collected["warnings"],
                 *self.inputs.prepared["warnings"],
-                *([f"{model.name}: {note}"] if note else []),
+                *(f"{model.name}: {note}" for note in notes if note),
                 *([said] if said else []),
                 *self.inputs.tables["problems"],
             ],

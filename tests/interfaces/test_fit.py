@@ -8,8 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from bids_gacelle.engine import DiffusionScheme, FitInterrupted, Progress
+from bids_gacelle.engine import (
+    DiffusionScheme,
+    FitInterrupted,
+    GradientEchoScheme,
+    Progress,
+    get_model,
+)
 from bids_gacelle.interfaces import fit as module
 from bids_gacelle.interfaces.prepare import scheme_to_json
 from bids_gacelle.settings import Settings
@@ -123,3 +130,25 @@ def test_a_model_gets_the_shells_it_wants(monkeypatch, prepared, name, options, 
     assert seen["data"].shape == seen["sigma"].shape == (len(rows), 2)
     np.testing.assert_allclose(seen["sigma"][:, 0], 0.01 * (1 + np.array(rows)))
     np.testing.assert_array_equal(seen["scale_group"], [int(i > 2) for i in rows])
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_phase_of_the_wrong_sign_is_noticed(wrong):
+    scheme = GradientEchoScheme(
+        echo_time=np.tile(0.003 * np.arange(1, 9), 3),
+        flip_angle=np.repeat([5.0, 20, 60], 8),
+        repetition_time=0.04,
+        field_strength=3,
+    )
+    model = get_model("mcrmwi")(scheme, share_background=True)
+    tissue = {"S0": 1.0, "dfreqBKG": 0.0, "dpini": 0.0} | model.tissues["white matter"]
+    signal = model.signal({k: torch.full((12,), tissue[k]) for k in model.parameter_names})
+    data = signal.numpy() + np.random.default_rng(0).normal(0, 2e-4, signal.shape)
+    if wrong:
+        data[len(scheme) :] *= -1
+    settings = Settings(Path(), Path(), prior="weak")
+    measured = {"scheme": scheme_to_json(scheme), "sigma": ""}
+    call = module._fit_call(model, settings, {"inputs": {}, "complex": measured})
+    said = module._doubt_of_sign(model, call, data, call(data, slice(None), None), settings)
+    assert ("--phase-sign negative" in said) == wrong
+    assert bool(said) == wrong
