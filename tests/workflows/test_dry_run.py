@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from bids_gacelle.cli.main import main
-from tests.datasets import SHAPE, add_dwi, add_megre, new_dataset, write_image, write_json
+from tests.datasets import (
+    SHAPE,
+    add_dwi,
+    add_megre,
+    add_vfa,
+    new_dataset,
+    write_image,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -93,3 +101,18 @@ def test_a_map_that_is_no_image(study, dry, tmp_path):
     assert "cannot be read as an image" in text
     assert "It was asked for with --voxel-map theta." in text
     assert nib.load(study / "sub-01/anat/sub-01_echo-1_MEGRE.nii.gz").shape == SHAPE
+
+
+def test_single_echoes_tell_no_decay(study, dry):
+    add_vfa(study)
+    write_json(study / "VFA.json", {"EchoTime": 0.004})
+    code, text = dry("--models", "r1r2star,despot1")
+    assert code == 0
+    assert "r1r2star needs at least 2 different echo times of a flip angle" in text
+
+
+@pytest.mark.parametrize("option", ["fibres=2", "rho=2", "t1_myelin=234"])
+def test_options_of_myelin_water_out_of_limits(study, dry, option):
+    code, text = dry("--models", "mcrmwi", "--set", f"mcrmwi.{option}")
+    assert code == 2
+    assert "error: --set mcrmwi: " in text

@@ -114,6 +114,7 @@ class McrMwi(ThreePools):
     )
     kind = "vfa"
     minimum_measurements = 8
+    minimum_echo_times = 2
     required = ("echo_time", "flip_angle", "repetition_time", "field_strength")
     plausibility = ("first-echo", "r2star", "t1")
     options = ThreePools.SHARED_OPTIONS | {

@@ -28,6 +28,7 @@ class R1R2Star(GradientEchoModel):
     references = (*Despot1.references, *R2Star.references)
     kind = "vfa"
     minimum_measurements = 3
+    minimum_echo_times = 2
     required = ("echo_time", "flip_angle", "repetition_time")
     compile_from = 2_000_000  # eager steps of so small a model are nearly as fast
     voxel_inputs = ("b1",)
