@@ -169,7 +169,7 @@ class McrMwi(ThreePools):
             [0.0, _LEAST_R2S, R2_MYELIN, 0.0, float(self.excitations[:, 1].min())]
         )
         # The bound is far from sharp: with these orders the error stays below 1e-6.
-        self._orders = int(truncation_order(*least.double(), tolerance=1e-4))
+        self._orders = int(truncation_order(*least.double().unbind(), tolerance=1e-4))
         self.surrogate = None
         angles = _SIMULATED_DEG
         if self.steady_state == "surrogate":
