@@ -165,11 +165,11 @@ class McrMwi(ThreePools):
         if not 0 < self.t1_myelin < float("inf"):
             raise EngineError(f"t1_myelin must be a time in s above 0, got {self.t1_myelin}.")
         self.increment = self._increment()
-        least = torch.tensor(
+        f, r2, r2_myelin, exchange, tr = torch.tensor(
             [0.0, _LEAST_R2S, R2_MYELIN, 0.0, float(self.excitations[:, 1].min())]
-        )
+        ).double()
         # The bound is far from sharp: with these orders the error stays below 1e-6.
-        self._orders = int(truncation_order(*least.double().unbind(), tolerance=1e-4))
+        self._orders = int(truncation_order(f, r2, r2_myelin, exchange, tr, tolerance=1e-4))
         self.surrogate = None
         angles = _SIMULATED_DEG
         if self.steady_state == "surrogate":
