@@ -221,7 +221,7 @@ class SignalModel(ABC):
             )
         self.scheme = scheme
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self.compiled: dict[Hashable, Any] = {}  # what kernels keep for further fits
+        self.kept: dict[Hashable, Any] = {}  # by kernels and starts, for further fits
 
     def like(self, scheme: Scheme) -> SignalModel:
         """Return this model, with the options it was made with, for another acquisition."""
