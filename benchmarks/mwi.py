@@ -321,7 +321,12 @@ def main():
     parser.add_argument("--voxels", type=int, default=250_000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--models", nargs="+", default=["r2star", "gremwi", "mcrmwi"])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["r2star", "gremwi", "mcrmwi"],
+        help='or single cases, such as "mcrmwi map"',
+    )
     parser.add_argument("--steady-state", help="of mcrmwi, if not its default")
     parser.add_argument("--starts", type=int, help="of all models, if not their defaults")
     parser.add_argument("--scipy-voxels", type=int, default=50)
@@ -331,7 +336,7 @@ def main():
     torch.set_num_threads(arguments.threads)
     head, scans, rows = brain(arguments.voxels), {}, []
     for case in CASES:
-        if case.name not in arguments.models:
+        if not {case.name, case.label} & set(arguments.models):
             continue
         if case.name == "mcrmwi" and arguments.steady_state:
             case = case._replace(options={"steady_state": arguments.steady_state})

@@ -81,7 +81,7 @@ def run_case(case, sizes):
                 "profile": profile(lambda p=problem: solve(p)),
             }
             kernel.compiled.clear()
-            case.model.compiled.clear()
+            case.model.kept.clear()
     options = {"sigma": 1 / case.snr, "starts": 1, "device": "cuda"}
     row["fit_seconds"] = seconds(lambda: fit(case.model, host, **options), 5)
     return row

@@ -20,7 +20,7 @@ CHOICES = {
     "solver": ("lm", "adam", "sgdm", "rmsprop", "linear"),
     "noise": ("gaussian", "rician"),
     "loss": ("l2", "l1", "huber"),
-    "prior": ("weak",),
+    "prior": ("none", "weak"),
     "precision": ("float32", "float64"),
     "phase_sign": ("positive", "negative"),
 }

@@ -256,8 +256,9 @@ def _fit(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prior",
-        choices=("none", *CHOICES["prior"]),
-        help="weak: a wide Gaussian prior, stated in the sidecars (default: none)",
+        choices=CHOICES["prior"],
+        help="weak: a wide Gaussian prior, stated in the sidecars (default: none, but weak for "
+        "models that need it: gremwi, mcrmwi)",
     )
     group.add_argument(
         "--fit-undetermined",
@@ -399,8 +400,6 @@ def settings_from(namespace: argparse.Namespace) -> Settings:
         for model, option, value in given["model_options"]:
             options.setdefault(model, {})[option] = value
         given["model_options"] = options
-    if given.get("prior") == "none":
-        given["prior"] = None
     config = read_config(namespace.config_file) if "config_file" in namespace else {}
     merged = {"nprocs": available_cores(), **config, **given}
     return Settings.from_dict(merged)

@@ -229,7 +229,7 @@ class Kernel:
         if name not in self.compiled:
             objective, parameters = self.objective, self.model.parameters
             key = (name, depends, objective.noise, objective.loss, objective.corner, parameters)
-            kept = {} if once else self.model.compiled
+            kept = {} if once else self.model.kept
             self.compiled[name] = kept.setdefault(
                 (*key, self.dtype, self.device), Compiled(function)
             )

@@ -58,7 +58,7 @@ def build_dictionary(kernel: Kernel, entries: int, regions: int, seed: int) -> D
     blocks and fits.
     """
     asked = (entries, regions, seed, kernel.model.parameters, kernel.dtype, kernel.device)
-    kept = kernel.model.compiled
+    kept = kernel.model.kept
     key = ("dictionary", *asked)
     if key not in kept:
         kept[key] = _build_dictionary(kernel, entries, regions, seed)

@@ -13,7 +13,7 @@ from bids_gacelle.bids.series import Finding, Job, Series
 from bids_gacelle.engine import EngineError, SignalModel, adequacy
 from bids_gacelle.engine.scheme import Scheme
 from bids_gacelle.errors import InputError
-from bids_gacelle.interfaces.models import model_class
+from bids_gacelle.interfaces.models import model_class, prior_of
 from bids_gacelle.interfaces.prepare import acquired, measurements_of, options_of
 from bids_gacelle.interfaces.units import MapUnit, map_units
 from bids_gacelle.settings import Settings
@@ -116,7 +116,7 @@ def protocol_adequacy(
     noise = _noise(model, prepared, measured, rows)
     assumed = noise is None
     sigma = adequacy.assumed_sigma(model) if noise is None else noise
-    units = map_units(model)
+    units, prior = map_units(model), prior_of(model, settings)
     shared = not assumed and "scale_sigma" in measured
     scale = _median(measured["scale_sigma"]) if shared else None
     groups = np.asarray(measured["scale_group"])[rows] if shared else None
@@ -125,7 +125,7 @@ def protocol_adequacy(
         sigma,
         scale_sigma=scale,
         scale_group=None if groups is None else groups[: model.n_measurements],
-        prior=settings.prior,
+        prior=prior,
     )
     found = [_in_map_unit(row, units) for row in found]
     snr = adequacy.image_snr(model, sigma)
@@ -133,7 +133,7 @@ def protocol_adequacy(
         "snr": float(f"{snr:.3g}"),
         "assumed": assumed,
         "sentences": adequacy.sentences(
-            model, found, snr=snr, assumed=assumed, prior=settings.prior is not None
+            model, found, snr=snr, assumed=assumed, prior=prior is not None
         ),
         "expected": [_plain(vars(row)) for row in found],
     }

@@ -29,7 +29,7 @@ from bids_gacelle.engine.result import FLAG_IMPLAUSIBLE
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.adequacy import protocol_adequacy
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
-from bids_gacelle.interfaces.models import echo_options, model_class, split_options
+from bids_gacelle.interfaces.models import echo_options, model_class, prior_of, split_options
 from bids_gacelle.interfaces.plots import example_voxels, plot_axes
 from bids_gacelle.interfaces.prepare import fallback, measurements_of, options_of
 from bids_gacelle.settings import Settings
@@ -181,7 +181,7 @@ def _fit_call(
             solver=settings.solver,
             noise=noise,
             loss=settings.loss,
-            prior=settings.prior,
+            prior=prior_of(model, settings),
             device=settings.device,
             precision=settings.precision,
             seed=settings.random_seed,

@@ -72,6 +72,12 @@ def model_class(name: str, settings: Settings) -> type[SignalModel]:
     return type(model.__name__, (model,), relaxed)
 
 
+def prior_of(model: SignalModel, settings: Settings) -> str | None:
+    """The prior of a fit: the one asked for, or else the one that the model recommends."""
+    prior = settings.prior or model.default_prior
+    return None if prior == "none" else prior
+
+
 def select_models(names: Iterable[str], solver: str = "lm") -> tuple[str, ...]:
     """The models to fit: those named, or all that the solver can fit.
 

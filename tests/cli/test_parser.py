@@ -125,8 +125,9 @@ def test_cores_respect_slurm(monkeypatch):
     assert available_cores() == 1
 
 
-def test_prior_none_means_no_prior():
-    assert parse("--prior", "none").prior is None
+def test_prior_is_that_of_the_model_unless_given():
+    assert parse().prior is None
+    assert parse("--prior", "none").prior == "none"
     assert parse("--prior", "weak").prior == "weak"
 
 

@@ -148,6 +148,9 @@ class SignalModel(ABC):
         Whether the model gives a `closed_form`; set by itself.
     starts
         Number of starts the fit uses unless told otherwise.
+    default_prior
+        "weak" where estimates without a prior are of no use at usual noise; the command line then
+        takes it unless told otherwise.
     max_evaluations
         After so many evaluations Levenberg-Marquardt gives a voxel up unless told otherwise.
     compile_from
@@ -183,6 +186,7 @@ class SignalModel(ABC):
     required: ClassVar[tuple[str, ...]] = ()
     plausibility: ClassVar[tuple[str, ...]] = ()
     starts: ClassVar[int] = 1
+    default_prior: ClassVar[Literal["weak"] | None] = None
     max_evaluations: ClassVar[int] = 50
     compile_from: ClassVar[int] = 300_000
     has_closed_form: ClassVar[bool] = False
@@ -217,7 +221,7 @@ class SignalModel(ABC):
             )
         self.scheme = scheme
         self._tables: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self.compiled: dict[Hashable, Any] = {}  # what kernels keep for further fits
+        self.kept: dict[Hashable, Any] = {}  # by kernels and starts, for further fits
 
     def like(self, scheme: Scheme) -> SignalModel:
         """Return this model, with the options it was made with, for another acquisition."""

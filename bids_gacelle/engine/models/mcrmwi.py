@@ -168,11 +168,11 @@ class McrMwi(ThreePools):
                 f"one ({self.excitations[0, 0]:g} degrees): gremwi fits a single one."
             )
         self.increment = self._increment()
-        none, slowest, fast, shortest = torch.tensor(
-            [0.0, _LEAST_R2S, R2_MYELIN, self.excitations[:, 1].min()], dtype=torch.float64
-        )
+        f, r2, r2_myelin, exchange, tr = torch.tensor(
+            [0.0, _LEAST_R2S, R2_MYELIN, 0.0, float(self.excitations[:, 1].min())]
+        ).double()
         # The bound is far from sharp: with these orders the error stays below 1e-6.
-        self._orders = int(truncation_order(none, slowest, fast, none, shortest, tolerance=1e-4))
+        self._orders = int(truncation_order(f, r2, r2_myelin, exchange, tr, tolerance=1e-4))
         self.surrogate = None
         angles = _SIMULATED_DEG
         if self.steady_state == "surrogate":

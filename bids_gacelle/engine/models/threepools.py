@@ -155,6 +155,7 @@ class ThreePools(GradientEchoModel):
         Names of the parameters that the magnetisations depend on.
     """
 
+    default_prior = "weak"  # without it the pools of a voxel are told apart by its noise
     max_evaluations = 200  # without a prior the last few take long along a flat valley
     SHARED_OPTIONS: ClassVar[dict[str, Any]] = {
         "signal": "complex",

@@ -162,18 +162,12 @@ def _signals(
 
 def _line_with_slopes(train: _Train, orders: int) -> tuple[Symmetric, _Slopes]:
     """Return the inverse of X_0 and its derivatives."""
-    roots = train.decay[0].sqrt(), train.decay[2].sqrt()
     # What is multiplied by complex numbers at every order is made complex once.
-    one, *root, cosine, sine, tan = (
+    one, cosine, sine, tan = (
         _complex(real)
-        for real in (
-            torch.ones_like(train.tangent),
-            *roots,
-            train.cosine,
-            train.sine,
-            train.tangent,
-        )
+        for real in (torch.ones_like(train.tangent), train.cosine, train.sine, train.tangent)
     )
+    root = _complex(train.decay[0].sqrt()), _complex(train.decay[2].sqrt())
     decay = root[0] * root[0], root[0] * root[1], root[1] * root[1]
     train = train._replace(decay=decay, cosine=cosine, sine=sine)
     square, inverse = tan * tan, 1 / tan
