@@ -205,7 +205,7 @@ def sentences(
     assumed: bool = False,
     prior: bool = False,
 ) -> list[str]:
-    """Say which parameters the protocol does not tell well: one sentence for each.
+    """Say which parameters the protocol does not tell well: a sentence for those told alike.
 
     Parameters
     ----------
@@ -218,7 +218,7 @@ def sentences(
     """
     if lost := undetermined(model):
         return [f"{lost}."]
-    said = []
+    said: dict[str, list[str]] = {}
     at = f"at {'an assumed SNR of' if assumed else 'SNR'} {_short(snr)}"
     advice = f"; use {'' if prior else 'a prior, '}a spatial term or ROI averages"
     for name in model.parameter_names:
@@ -227,14 +227,14 @@ def sentences(
             if not rows:
                 continue
             if verdict == UNDETERMINED:
-                said.append(
-                    f"{model.name}: {name}: {verdict} in {_listed(e.tissue for e in rows)}."
-                )
+                about = f"{verdict} in {_listed(e.tissue for e in rows)}."
+                said.setdefault(about, []).append(name)
                 continue
             expected = _listed(f"{_quantity(e)} in {e.tissue}" for e in rows)
             end = advice if verdict == NOT_ESTIMABLE else ""
-            said.append(f"{model.name}: {name}: expected SD {expected} {at}: {verdict}{end}.")
-    return said
+            about = f"expected SD {expected} {at}: {verdict}{end}."
+            said.setdefault(about, []).append(name)
+    return [f"{model.name}: {', '.join(names)}: {about}" for about, names in said.items()]
 
 
 def undetermined(model: SignalModel, least_change: float = _LEAST_CHANGE) -> str:
