@@ -12,23 +12,23 @@ ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CH
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
  && rm -rf /var/lib/apt/lists/* \
- && python3 -m venv /opt/venv
+ && python3 -m venv /venv
 WORKDIR /src
 ARG TORCH=cpu
 ARG TORCH_INDEX=
 COPY constraints.txt ./
 COPY scripts scripts
-RUN scripts/install_torch.sh /opt/venv/bin/python
+RUN scripts/install_torch.sh /venv/bin/python
 COPY pyproject.toml ./
-RUN /opt/venv/bin/python scripts/list_dependencies.py phantom > requirements.txt \
- && /opt/venv/bin/pip install -c constraints.txt -r requirements.txt \
- && /opt/venv/bin/pip check
+RUN /venv/bin/python scripts/list_dependencies.py phantom > requirements.txt \
+ && /venv/bin/pip install -c constraints.txt -r requirements.txt \
+ && /venv/bin/pip check
 
 FROM dependencies AS project
 COPY LICENSE README.md ./
 COPY bids_gacelle bids_gacelle
 COPY workflows workflows
-RUN /opt/venv/bin/pip wheel --no-deps --wheel-dir /wheel .
+RUN /venv/bin/pip wheel --no-deps --wheel-dir /wheel .
 
 FROM ${BASE_IMAGE}
 # g++ and Python's headers: torch.compile turns the fit's kernels into machine code with them.
@@ -37,11 +37,11 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --home-dir /home/app app \
  && mkdir -p /data /out /work && chmod 1777 /home/app /out /work
-COPY --from=dependencies /opt/venv /opt/venv
-COPY --from=project /wheel /opt/wheel
-RUN /opt/venv/bin/pip install --no-cache-dir --no-deps --no-index /opt/wheel/*.whl
+COPY --from=dependencies /venv /venv
+COPY --from=project /wheel /wheel
+RUN /venv/bin/pip install --no-cache-dir --no-deps --no-index /wheel/*.whl
 # Any user may run it on a read-only root: nothing is written outside /out, /work and /tmp.
-ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+ENV PATH=/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/home/app \
     LOGNAME=app \
     MPLBACKEND=Agg \
