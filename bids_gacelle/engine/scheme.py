@@ -188,5 +188,22 @@ class GradientEchoScheme(_Scheme):
         self.field_strength = columns["field_strength"]
         self.spoiling_increment = columns["spoiling_increment"]
 
+    def excitations(self) -> tuple[NDArray[np.intp], FloatArray]:
+        """Return the excitation, a pair of flip angle and repetition time, that made each image.
+
+        Returns
+        -------
+        number, values
+            (images,) counted from 0, and (excitations, 2) their flip angles in degrees and
+            repetition times in s, in ascending order; 0 where the scheme has none.
+        """
+        columns = [
+            np.zeros(len(self)) if column is None else column
+            for column in (self.flip_angle, self.repetition_time)
+        ]
+        rows: FloatArray = np.stack(columns, 1).round(6)
+        values, number = np.unique(rows, axis=0, return_inverse=True)
+        return number.reshape(-1), values
+
 
 Scheme = DiffusionScheme | GradientEchoScheme

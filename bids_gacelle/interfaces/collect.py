@@ -13,7 +13,7 @@ from nipype.interfaces.base import TraitedSpec, traits
 from bids_gacelle.bids.gradients import read_gradients
 from bids_gacelle.bids.series import Series, series_from_json
 from bids_gacelle.engine import EngineError
-from bids_gacelle.engine.prepare import excitations, phase_scale
+from bids_gacelle.engine.prepare import phase_scale
 from bids_gacelle.errors import InputError
 from bids_gacelle.interfaces.base import LOGGER, Step, StepInputSpec
 from bids_gacelle.interfaces.gradient_echo import gradient_echo_scheme, uses_phases
@@ -188,7 +188,7 @@ def _anatomy(
         return "first echo", images
     # the largest flip angle is the most T1-weighted: the best picture to judge a mask on; echoes
     # of one excitation cannot move against each other
-    trains = excitations(gradient_echo_scheme(series))
+    trains, _ = gradient_echo_scheme(series).excitations()
     firsts = np.unique(trains, return_index=True)[1]
     label = "largest flip angle" + ", first echo" * (len(firsts) < len(images))
     return label, [images[i] for i in firsts[::-1]]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bids_gacelle.engine import EngineError, FitResult
-from bids_gacelle.engine.prepare import excitations, unevenness
+from bids_gacelle.engine.prepare import unevenness
 from bids_gacelle.interfaces.units import in_map_units, map_units
 
 CURVE_POINTS = 80
@@ -67,14 +67,14 @@ def _abscissa(model: Any) -> tuple[str, float, str]:
     """Column of the scheme that signals are drawn over, factor to the unit drawn, and label."""
     if model.kind == "dwi":
         return "b", 1.0, "b (ms/um^2)"
-    if model.scheme.echo_time is not None and np.bincount(excitations(model.scheme)).max() > 1:
+    if model.scheme.echo_time is not None and np.bincount(model.scheme.excitations()[0]).max() > 1:
         return "echo_time", 1000.0, "Echo time (ms)"
     return "flip_angle", 1.0, "Flip angle (degrees)"
 
 
 def train_groups(scheme: Any) -> list[str]:
     """What sets the images of each echo train apart: flip angle, and TR where it differs."""
-    trains = excitations(scheme)
+    trains, _ = scheme.excitations()
     if trains.max() == 0:
         return [""] * len(scheme)
     words: list[list[str]] = [[] for _ in range(len(scheme))]
@@ -303,7 +303,7 @@ def _dense(model: Any, members: list[int]) -> tuple[Any, np.ndarray, slice]:
 def _dense_echoes(model: Any, members: list[int]) -> tuple[Any, np.ndarray, slice]:
     """Echo trains of many echoes in place of all that there are, as a model may need them all."""
     scheme, n = model.scheme, CURVE_POINTS
-    trains = excitations(scheme)
+    trains, _ = scheme.excitations()
     part, entry = divmod(members[0], len(scheme))
     firsts = np.unique(trains, return_index=True)[1]
     columns = {

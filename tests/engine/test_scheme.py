@@ -73,3 +73,17 @@ def test_impossible_diffusion_schemes_are_refused(arguments, message):
 def test_empty_gradient_echo_scheme_is_refused():
     with pytest.raises(EngineError, match="at least one of echo_time"):
         GradientEchoScheme()
+
+
+def test_excitations_ascend_whatever_the_order_of_the_images():
+    scheme = GradientEchoScheme(
+        echo_time=[0.002, 0.002, 0.005, 0.002, 0.005],
+        flip_angle=[20, 5, 20, 20, 5],
+        repetition_time=[0.04, 0.04, 0.04, 0.03, 0.04],
+    )
+    number, values = scheme.excitations()
+    np.testing.assert_array_equal(number, [2, 0, 2, 1, 0])
+    np.testing.assert_array_equal(values, [[5, 0.04], [20, 0.03], [20, 0.04]])
+    number, values = GradientEchoScheme(echo_time=[0.005, 0.002]).excitations()
+    np.testing.assert_array_equal(number, [0, 0])
+    np.testing.assert_array_equal(values, [[0, 0]])

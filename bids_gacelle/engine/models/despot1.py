@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import Inputs, Parameter, Reference, SignalModel
-from bids_gacelle.engine.models.gradient_echo import excitations
 from bids_gacelle.engine.physics.steady_state import rational_fit, spgr
 from bids_gacelle.engine.scheme import GradientEchoScheme, Scheme
 
@@ -131,7 +130,7 @@ class Despot1(SignalModel):
         assert isinstance(scheme, GradientEchoScheme)
         if scheme.echo_time is None:
             return None
-        number, values = excitations(scheme)
+        number, values = scheme.excitations()
         shortest = np.full(len(values), np.inf)
         np.minimum.at(shortest, number, scheme.echo_time)
         first = scheme.echo_time <= shortest[number] + _SAME_ECHO_S

@@ -57,7 +57,7 @@ class GradientEchoModel(SignalModel):
             raise EngineError(
                 f"{self.name} of complex images needs field_strength (T) in its acquisition."
             )
-        self.excitation, self.excitations = excitations(scheme)
+        self.excitation, self.excitations = scheme.excitations()
         self._numbers = range(len(self.excitations))
         # Made here, as a compiler had better find no arithmetic of numpy in a signal.
         self._angles, self._times = np.deg2rad(self.excitations[:, 0]), self.excitations[:, 1]
@@ -159,20 +159,3 @@ class GradientEchoModel(SignalModel):
             means.append((mean_time, mean_log))
         rate = -above / below
         return rate, torch.stack([torch.exp(log + rate * time) for time, log in means])
-
-
-def excitations(scheme: GradientEchoScheme) -> tuple[np.ndarray, np.ndarray]:
-    """Return the excitation that each image comes from.
-
-    Returns
-    -------
-    number, values
-        (images,) counted from 0, and (excitations, 2) their flip angles in degrees and repetition
-        times in s, in ascending order; 0 where the scheme has none.
-    """
-    columns = [
-        np.zeros(len(scheme)) if column is None else column
-        for column in (scheme.flip_angle, scheme.repetition_time)
-    ]
-    values, number = np.unique(np.round(np.stack(columns, 1), 6), axis=0, return_inverse=True)
-    return number.reshape(-1), values

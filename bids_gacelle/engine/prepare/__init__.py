@@ -11,7 +11,7 @@ signal is common to all shells that it divides; it is handed on apart from their
 
 from bids_gacelle.engine.prepare.directions import unevenness
 from bids_gacelle.engine.prepare.dwi import prepare_dwi
-from bids_gacelle.engine.prepare.gre import Demodulated, demodulate, excitations
+from bids_gacelle.engine.prepare.gre import Demodulated, demodulate
 from bids_gacelle.engine.prepare.harmonics import real_sh, sh_fit_matrix
 from bids_gacelle.engine.prepare.phase import PhaseScale, phase_scale
 from bids_gacelle.engine.prepare.prepared import B0Groups, PreparedDwi
@@ -24,7 +24,6 @@ __all__ = [
     "PhaseScale",
     "PreparedDwi",
     "demodulate",
-    "excitations",
     "phase_scale",
     "prepare_dwi",
     "real_sh",

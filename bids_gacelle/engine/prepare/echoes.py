@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.prepare.gre import Demodulated, excitations
+from bids_gacelle.engine.prepare.gre import Demodulated
 from bids_gacelle.engine.scheme import GradientEchoScheme
 
 _Float = npt.NDArray[np.floating]
@@ -174,10 +174,10 @@ def _share(values: _Float, regressor: _Float) -> _Float:
 
 def _trains(scheme: GradientEchoScheme) -> list[npt.NDArray[np.intp]]:
     """Return the images of each excitation, by echo time."""
-    numbers = excitations(scheme)
+    numbers, values = scheme.excitations()
     time = np.zeros(len(scheme)) if scheme.echo_time is None else scheme.echo_time
     order = np.argsort(time, kind="stable")
-    return [order[numbers[order] == g] for g in range(numbers.max() + 1)]
+    return [order[numbers[order] == g] for g in range(len(values))]
 
 
 def _despot1(

@@ -60,19 +60,6 @@ class Demodulated:
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 
-def excitations(scheme: GradientEchoScheme) -> _Index:
-    """Return the number of the echo train of each image: one per flip angle and repetition time.
-
-    Counted from 0 in the order in which they come first.
-    """
-    given = [c for c in (scheme.flip_angle, scheme.repetition_time) if c is not None]
-    if not given:
-        return np.zeros(len(scheme), np.intp)
-    trains = list(zip(*(column.tolist() for column in given), strict=True))
-    order = {train: number for number, train in enumerate(dict.fromkeys(trains))}
-    return np.array([order[train] for train in trains], np.intp)
-
-
 def demodulate(volumes: _Complex, scheme: GradientEchoScheme) -> Demodulated:
     """Estimate the field and the initial phase of every voxel, and take them out.
 
@@ -112,11 +99,11 @@ def demodulate(volumes: _Complex, scheme: GradientEchoScheme) -> Demodulated:
             f"The volumes have shape {volumes.shape}; ({len(scheme)}, voxels) is needed, a "
             "row for each image of the acquisition."
         )
-    trains = excitations(scheme)
+    trains, values = scheme.excitations()
     search = _Search(scheme.echo_time, trains)
     n, voxels = volumes.shape
     signals = np.empty((2 * n, voxels), np.float32)
-    found = np.empty((trains.max() + 1, voxels), np.float32)
+    found = np.empty((len(values), voxels), np.float32)
     phase = np.empty(voxels, np.float32)
     step = max(1, _BLOCK_ELEMENTS // max(n, search.points))
     for start in range(0, voxels, step):
