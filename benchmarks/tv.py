@@ -1,6 +1,6 @@
 """Time total variation: ADMM around Levenberg-Marquardt against Adam, in one process.
 
-A phantom of 24 x 24 x 8 voxels, NEXI, SNR 50, GACELLE's objective: mean |residual| plus 0.001 x
+A phantom of 48 x 48 x 24 voxels, NEXI, SNR 50, GACELLE's objective: mean |residual| plus 0.001 x
 mean |gradient of fn|. Adam starts from the best dictionary entry of each voxel, as GACELLE does,
 and makes 2,000 iterations of its default step size. ADMM is stopped at the first iteration whose
 objective is no higher: the time to the objective includes the voxel-wise fit it starts from, that
@@ -33,7 +33,7 @@ from bids_gacelle.engine.spatial_fit import plan_spatial
 from bids_gacelle.engine.starts import build_dictionary, find_starts
 from bids_gacelle.engine.study import Study
 
-GRID = (24, 24, 8)
+GRID = (48, 48, 24)
 SD = 1 / 50
 WEIGHT = 1e-3
 CPU = torch.device("cpu")

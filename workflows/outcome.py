@@ -69,8 +69,10 @@ def summary(plan: Plan, run: dict[str, Any], status: Sequence[dict[str, Any]]) -
 
 def _not_tried(settings: Settings, job: Job) -> dict[str, Any]:
     """Missing images are no failure; nor are unsuited ones, unless the model was asked for."""
-    failed = job.cause == "broken" or (job.cause == "unsuited" and bool(settings.models))
-    return {"status": "failed" if failed else "skipped", "reason": job.reason, "expected": True}
+    named = bool(settings.models)
+    failed = job.cause == "broken" or (job.cause == "unsuited" and named)
+    status = "failed" if failed else "skipped"
+    return {"status": status, "reason": job.reason, "expected": True, "named": named}
 
 
 def _done(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bids_gacelle.bids.discovery import Options, discover
-from bids_gacelle.bids.images import absent_images, review_series
+from bids_gacelle.bids.discovery import Options, discover, skipped
+from bids_gacelle.bids.images import absent_images, review_series, too_few_fibres
 from bids_gacelle.bids.queries import load_filter_file
 from bids_gacelle.bids.series import Finding, Job, Plan, Series
 from bids_gacelle.interfaces.adequacy import suited_jobs
@@ -71,12 +71,14 @@ def check_plan(plan: Plan, *, wait_for_files: bool = False) -> Plan:
     come before the data, as in a clone of a DataLad dataset.
     """
     reviewed: dict[str, tuple[Series, str]] = {}
+    awaited: set[str] = set()
     jobs, findings = [], list(plan.findings)
     for job in plan.jobs:
         key = series_key(job.series)
         if job.eligible and key not in reviewed:
             absent = absent_images(job.series) if wait_for_files else []
             if absent:
+                awaited.add(key)
                 series, found, reason = job.series, [_awaited(job.series, absent)], ""
             else:
                 series, found, reason = review_series(job.series, _check_table)
@@ -85,6 +87,11 @@ def check_plan(plan: Plan, *, wait_for_files: bool = False) -> Plan:
         if job.eligible:
             series, reason = reviewed[key]
             job = replace(job, series=series, reason=reason, cause="broken" if reason else "")
+        if job.eligible and key not in awaited:
+            few = too_few_fibres(job.series, job.needed_inputs)
+            if few:
+                job = replace(job, reason=str(few), cause="unsuited")
+                findings.append(skipped(job.series, job.model, few))
         jobs.append(job)
     return replace(plan, jobs=tuple(jobs), findings=tuple(findings))
 

@@ -148,12 +148,12 @@ def _job(candidate: Candidate, need: ModelNeeds) -> tuple[Job, list[Finding]]:
     problem = _problem(candidate, need)
     if candidate.problem:
         job = Job(series, need.name, str(problem), "broken")
-        return job, [_skipped(series, need.name, candidate.problem)]
+        return job, [skipped(series, need.name, candidate.problem)]
     if problem:
         job = Job(series, need.name, str(problem), "unsuited")
-        return job, [_skipped(series, need.name, problem), *notes]
+        return job, [skipped(series, need.name, problem), *notes]
     warnings = [_finding("warning", series, f"{prefix}{w}.") for w in _warnings(candidate, need)]
-    return Job(series, need.name), [*warnings, *notes]
+    return Job(series, need.name, needed_inputs=need.needed_inputs), [*warnings, *notes]
 
 
 def _problem(candidate: Candidate, need: ModelNeeds) -> MetadataError | None:
@@ -367,8 +367,8 @@ def _unreadable(subject: str, need: ModelNeeds, folder: str) -> tuple[Job, Findi
     return job, Finding("error", message, subject, "", need.name, folder)
 
 
-def _skipped(series: Series, model: str, problem: MetadataError) -> Finding:
-    """ERROR: why a model is not fitted to a series that is there."""
+def skipped(series: Series, model: str, problem: MetadataError) -> Finding:
+    """An error: why a model is not fitted to a series that is there."""
     message = f"{_place(series)} {series.label} model {model} skipped: {problem}"
     return Finding(
         "error",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,6 +18,7 @@ from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from bids_gacelle.bids.gradients import read_gradients
 from bids_gacelle.bids.metadata import MetadataError
+from bids_gacelle.bids.options import names_of
 from bids_gacelle.bids.series import Atlas, Finding, Mask, Series, Severity, VoxelMap
 from bids_gacelle.errors import InputError
 
@@ -77,6 +78,28 @@ def review_series(
         report("error", problem)
         return series, findings, str(problem)
     return replace(series, mask=mask, atlases=atlases), findings, ""
+
+
+def too_few_fibres(series: Series, needed_inputs: Sequence[str]) -> MetadataError | None:
+    """Say of a map of fibres that it has too few volumes for the numbered inputs of a model.
+
+    Parameters
+    ----------
+    series : whose maps were found readable by `review_series`.
+    needed_inputs : as in ``Job``.
+    """
+    for name, path in ((n, Path(m.image)) for n, m in series.voxel_maps.items()):
+        numbered = [i for i in needed_inputs if i != name and name in names_of(i)]
+        each, shape = 3 if name == "fo" else 1, _open(path).shape
+        if any(i not in series.voxel_maps for i in numbered) and (
+            np.prod(shape[3:], dtype=int) < each * len(numbered)
+        ):
+            return MetadataError(
+                f"`{path}` has the shape {_shape(shape)}; with {len(numbered)} fibres the map "
+                f"{name} needs {each * len(numbered)} volumes, {each} for each.",
+                path,
+            )
+    return None
 
 
 def absent_images(series: Series) -> list[str]:

@@ -175,6 +175,8 @@ class Job:
     model: str
     reason: str = ""
     cause: Literal["", "absent", "broken", "unsuited"] = ""
+    needed_inputs: tuple[str, ...] = ()
+    """Maps of the series that the model cannot do without, as in ``ModelNeeds``."""
 
     @property
     def eligible(self) -> bool:

@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 FEWEST = 2048
 """Blocks are not made smaller than this."""
 
-# More voxels at once fill no device better; fewer are lost when a fit is interrupted.
-_MOST = {"cpu": 2**16, "cuda": 2**20}
+# More voxels at once fill no device better; fewer are lost when a fit is interrupted. At the end
+# of a block few voxels are left, which compiled steps make as slowly as many.
+_MOST, _MOST_COMPILED, _MOST_CUDA = 2**16, 2**18, 2**20
 # What a laptop has to spare.
 _CPU_LIMIT = 512 * 2**20
 # Blocks per device, so that the last ones to finish do not wait long for each other.
@@ -95,6 +96,7 @@ def make_plan(
     lanes: int,
     least_lanes: int,
     ahead: bool,
+    compiled: bool = False,
     n_devices: int = 1,
 ) -> Plan:
     """Return the largest blocks that stay below a limit.
@@ -112,6 +114,8 @@ def make_plan(
         many leave less than half of the memory to the blocks.
     ahead
         Whether a block is read while another one is fitted.
+    compiled
+        Whether the steps of the solver are compiled.
 
     Raises
     ------
@@ -137,7 +141,8 @@ def make_plan(
                 f"{_megabytes(need.fixed(lanes) + smallest * each)} (blocks of {smallest:,} "
                 f"voxels)."
             )
-        most = _MOST.get(device.type, _MOST["cpu"])
+        most = _MOST_COMPILED if compiled else _MOST
+        most = _MOST_CUDA if device.type == "cuda" else most
         if n_devices > 1:
             most = min(most, -(-n // (n_devices * _ROUNDS)))
         size = max(min(size, most), smallest)

@@ -416,6 +416,7 @@ class _Fitter:
             lanes=lanes or default_lanes(self.kernel),
             least_lanes=lanes or _FEWEST_LANES,
             ahead=self.reads_ahead(study),
+            compiled=self.settings.compiled,
             n_devices=n_devices,
         )
 

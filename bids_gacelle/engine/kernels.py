@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import types
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -73,7 +74,9 @@ class Voxels(NamedTuple):
 
     def take(self, index: Tensor | slice) -> Voxels:
         """Return the voxels at `index`."""
-        return self.map(lambda tensor: tensor[..., index])
+        if isinstance(index, slice):
+            return self.map(lambda tensor: tensor[..., index])
+        return self.map(lambda tensor: tensor.index_select(-1, index))
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in a fixed order."""
@@ -371,7 +374,7 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+        self._function = _own_code(function)
         self._call: Callable[..., Any] | None = None
         self.works = False
 
@@ -409,6 +412,21 @@ class Compiled:
             return self._function(*args)
         self._call, self.works = compiled, True
         return result
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with a code object of its own.
+
+    torch keeps what it compiled, up to a limit, by code object, which methods and functions made
+    in one place share: the ninth model of a process would run eager.
+    """
+
+    def call(*args: object) -> Any:
+        return function(*args)
+
+    return types.FunctionType(
+        call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
+    )
 
 
 def _first_line(error: Exception) -> str:

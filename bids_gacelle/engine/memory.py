@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from torch.utils._pytree import tree_leaves
 
 from bids_gacelle.engine.kernels import Kernel, Voxels
 from bids_gacelle.engine.solvers import Settings, Solver
-from bids_gacelle.engine.starts import chunk_size
+from bids_gacelle.engine.starts import TILE, chunk_size
 from bids_gacelle.engine.study import Study
 
 _DOUBLE = 8
 _PROBED = 64
+# Temporaries when entries of the start dictionary are scored, and in a closed form for each.
+_COPIES_OF_TILE, _COPIES_CLOSED = 4, 16
 # What an allocator keeps in reserve or cannot fill, over what is asked of it.
 _SLACK = 1.2
 # Work space of numerical libraries, code that is loaded at its first use.
@@ -84,13 +87,15 @@ def footprint(
     ends = settings.starts * (2 * item * p + stages * (item * solver.kept(p) + 8))
     solution = _DOUBLE * (2 + solver.copies * m) * p + settings.starts * item * (p + 1)
     results = 8 * names + p + 17
+    copies = _COPIES_CLOSED if model.linear else _COPIES_OF_TILE
+    entries = copies * min(settings.dictionary, TILE)
     lane = 3 * item * solver.kept(p) + item * numbers + _probe(kernel, study)
     return Footprint(
         loaded=study.row_bytes + prepared + _DOUBLE * m,
         held=prepared + max(converted + ends, solution + results),
         # The assessment of the same number of voxels is in double precision.
         lane=lane * (2 if item < _DOUBLE else 1),
-        start=chunk_size(kernel.device) * item * (3 * settings.dictionary + 2 * numbers),
+        start=chunk_size(kernel.device) * item * (entries + 2 * numbers),
     )
 
 
@@ -155,6 +160,10 @@ class AllocationCounter(TorchDispatchMode):
         self._now -= self._alive.pop(key)
 
 
+_STATM = Path("/proc/self/statm")
+_BETWEEN_LOOKS = 2e-3  # s; asking the system takes time, too
+
+
 class Watch:
     """Measures the memory taken since it was made, on some devices.
 
@@ -168,12 +177,13 @@ class Watch:
             torch.cuda.reset_peak_memory_stats(index)
         self._before = {i: torch.cuda.memory_allocated(i) for i in self._cuda}
         self._first = _own_bytes() if not self._cuda else None
-        self._most = self._first
+        self._most, self._looked = self._first, 0.0
 
     def look(self) -> None:
         """Take note of the memory that is taken now."""
-        if self._first is not None and self._most is not None:
-            self._most = max(self._most, _own_bytes() or 0)
+        now = time.monotonic()
+        if self._most is not None and now > self._looked + _BETWEEN_LOOKS:
+            self._most, self._looked = max(self._most, _own_bytes() or 0), now
 
     def peak(self) -> int | None:
         """Return the most that was taken (on any one GPU) in bytes; None: unknown."""
@@ -188,5 +198,6 @@ def _own_bytes() -> int | None:
     """Return the resident memory of this process that is no file's, or None where unknown."""
     if not sys.platform.startswith("linux"):
         return None
-    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    with _STATM.open("rb", buffering=0) as file:
+        _, resident, shared, *_ = file.read().split()
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")

@@ -47,6 +47,8 @@ _LEAST_VARIANCE = 1e-12
 # choose from. Where its own data leave a voxel undetermined, going on would lead it away from its
 # neighbours: the objective ends higher, not lower.
 _ONE_START, _SEVERAL_STARTS = 4, 12
+# Of so many voxels, spread over all, the second derivatives tell how stiff the terms should pull.
+_SAMPLE = 4096
 # Shares of the progress where the voxel-wise start ends and the last fits begin.
 _START_SHARE, _STORE_FROM = 0.4, 0.9
 
@@ -356,12 +358,12 @@ class _SpatialFit:
                 fidelity[at] = _without_pull(state.cost, state.position, problem.voxels, own)
             return new, fidelity / unit
 
-        fidelity, curvature = self._look(position)
+        position, fidelity, curvature = self._look(position, unit)
         return minimise_with_terms(
             step,
             position,
             fidelity / unit,
-            curvature / unit.to(curvature),
+            curvature,
             terms,
             settings,
             self._report_joint,
@@ -409,14 +411,27 @@ class _SpatialFit:
                 "spatial_iterations" if by_admm else "iterations",
             )
 
-    def _look(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Return costs (voxels,) and second derivatives (parameters, voxels) at a position."""
-        costs, curvatures = [], []
+    def _look(self, position: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return positions near by, costs (voxels,) there, and second derivatives of a sample.
+
+        One evaluation of every voxel in the lanes of the solver, which may end with a short step.
+        The second derivatives (parameters, some voxels) are those of the objective.
+        """
+        moved, costs, curvatures = torch.empty_like(position), [], []
+        stride = -(-position.shape[1] // _SAMPLE)
         for part, voxels in self._voxels():
-            found = self.kernel.normal_equations(position[:, part.place], voxels)
-            costs.append(found.cost.double())
-            curvatures.append(_profile(unpack(found.hessian)))
-        return torch.cat(costs), torch.cat(curvatures, 1)
+            at, own = part.place, _pullable(voxels, len(position))
+            end = minimise(
+                Problem(self.kernel, own, self.fitter.exact, own, self.lm), position[:, at], 1
+            )
+            moved[:, at] = end.position
+            costs.append(end.cost.double())
+            some = torch.arange(
+                -at.start % stride, at.stop - at.start, stride, device=moved.device
+            )
+            found = self.kernel.normal_equations(end.position[:, some], own.take(some))
+            curvatures.append(_profile(unpack(found.hessian)) / unit[at][some].to(moved))
+        return moved, torch.cat(costs), torch.cat(curvatures, 1)
 
     def _problem(self, own: Voxels, pull: Pull, at: slice, unit: Tensor) -> Problem:
         """Return the problem of some voxels under a pull; costs are unit x objective."""

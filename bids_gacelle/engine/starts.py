@@ -14,10 +14,10 @@ from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowe
 
 # Voxels are scored in chunks of one fixed size: a matrix product may round differently when its
 # shape changes, and a start must not depend on the size of a block.
-_CHUNK, _CHUNK_CUDA = 1 << 11, 1 << 15
-# Entries scored at once: the dozen temporaries of a closed form should stay in cache, or be enough
-# to keep a GPU busy.
-_TILE, _TILE_CUDA = 64, 128
+_CHUNK, _CHUNK_CUDA = 1 << 13, 1 << 15
+TILE = 128
+"""Entries of the dictionary scored at once."""
+
 # More entries than these for each parameter find no more optima. Where linear ones are projected,
 # every entry stands for many.
 _ENTRIES_PER_PARAMETER = 128
@@ -187,13 +187,13 @@ def _best_of_regions(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the best entry (parameters, voxels) of each region, and its misfit (voxels,)."""
     linear = bool(kernel.model.linear)
-    size = _TILE if kernel.device.type == "cpu" else _TILE_CUDA
+    # All tiles of one size, to which a compiled function is bound.
+    size = min(TILE, max(len(region) for region in dictionary.regions))
     starts, costs = [], []
     for region in dictionary.regions:
         lowest = torch.full_like(voxels.data[0], torch.inf)
         entry = torch.zeros_like(lowest, dtype=torch.long)
         for begin in range(0, len(region), size):
-            # All tiles of one size, to which a compiled function is bound.
             places = torch.arange(begin, begin + size, device=region.device)
             tile = region[places.clamp_max(len(region) - 1)]
             entries = dictionary.signal[:, tile]

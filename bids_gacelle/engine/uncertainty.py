@@ -24,7 +24,7 @@ RIVAL_RISE = 9.0
 _LEAST_PIVOT = 1e-14
 # Voxels assessed at once: tensors of double precision that stay in a processor's cache ...
 _AT_ONCE = 1024
-_AT_ONCE_COMPILED = 4096
+_AT_ONCE_COMPILED = 8192
 # ... or keep a GPU busy.
 _AT_ONCE_CUDA = 1 << 16
 

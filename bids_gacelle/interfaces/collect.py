@@ -108,9 +108,8 @@ class MakeMask(Step):
         if not (mask & np.isfinite(signal) & (signal > 0)).any():
             where = ", ".join(series.mask.images) or "made from the signal"
             raise InputError(
-                f"sub-{series.subject} {series.label}: the mask ({where}) holds no voxel with "
-                "signal. Check that it is not empty and belongs to these images, or give another "
-                "with --mask."
+                f"the mask ({where}) holds no voxel with signal. Check that it is not empty and "
+                "belongs to these images, or give another with --mask."
             )
         np.save(cwd / "mask.npy", mask)
         return {

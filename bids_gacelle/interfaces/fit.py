@@ -95,7 +95,7 @@ class FitModel(Step):
                 LOGGER.warning("%s: %s", title, doubt)
                 result.settings["sign_doubt"] = doubt
         except EngineError as error:
-            raise InputError(f"{title}: {error}") from error
+            raise InputError(str(error)) from error
         except FitInterrupted:  # an unfinished fit is no fit: the run ends
             raise KeyboardInterrupt from None
         if self.inputs.use_gpu:
@@ -199,25 +199,34 @@ def _doubt_of_sign(
     result: FitResult,
     settings: Settings,
 ) -> str:
-    """Say if the phase of the other sign fits clearly better; "" if not.
+    """Say if the phase probably has the other sign; "" if not.
 
-    One sign only suits the frequency of myelin water and the phases of steady states.
+    One sign only suits the phases of steady states, and puts myelin water at a higher frequency
+    than the water outside, except where fibres run along the field.
     """
     if not _is_complex(model) or "freqMW" not in {p.name for p in type(model).parameters}:
         return ""
+    option = "--phase-sign " + ("negative" if settings.phase_sign == "positive" else "positive")
     n = data.shape[1]
     voxels = slice(0, n, max(1, n // SIGN_VOXELS))
     with _quiet_engine():
         other = call(data, voxels, None, conjugate=True)
     ours, theirs = result.nrmse[voxels], other.nrmse
     known = np.isfinite(ours) & np.isfinite(theirs)
-    if not known.any() or np.median(theirs[known]) >= _CLEARLY_LESS * np.median(ours[known]):
-        return ""
-    sign = "negative" if settings.phase_sign == "positive" else "positive"
-    return (
-        f"the residuals would be {np.median(theirs[known] / ours[known]):.2f} times as large with "
-        f"--phase-sign {sign}: the sign of the phase is probably wrong, and so are these maps"
-    )
+    if known.any() and np.median(theirs[known]) < _CLEARLY_LESS * np.median(ours[known]):
+        return (
+            f"the residuals would be {np.median(theirs[known] / ours[known]):.2f} times as large "
+            f"with {option}: the sign of the phase is probably wrong, and so are these maps"
+        )
+    shift = result.maps.get("freqMW", np.ones(1))
+    shift = shift[np.isfinite(shift)]
+    if shift.size and np.median(shift) < 0:
+        return (
+            f"the median frequency of myelin water is negative ({np.median(shift):.3f} ppm), where "
+            f"it should be positive: with {option} it would be, so the sign of the phase is "
+            "probably wrong, and so are these maps"
+        )
+    return ""
 
 
 def _is_complex(model: Any) -> bool:

@@ -84,7 +84,7 @@ def prepare_gradient_echo(
         try:
             found = demodulate(magnitudes * np.exp(np.complex64(sign) * phases), scheme)
         except EngineError as error:
-            raise InputError(f"sub-{series.subject} {series.label}: {error}") from error
+            raise InputError(str(error)) from error
         prepared["warnings"] = found.warnings
         prepared["phase_unit"] = collected.get("phase_unit", "")
         prepared["complex"] = {

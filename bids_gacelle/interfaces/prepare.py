@@ -118,7 +118,7 @@ class PrepareSignals(Step):
                 return result, problem
             except EngineError as error:
                 problem = problem or str(error)
-        raise InputError(f"sub-{series.subject} {series.label}: {problem}")
+        raise InputError(problem)
 
 
 def save_dwi(result: PreparedDwi, cwd: Path) -> dict[str, Any]:

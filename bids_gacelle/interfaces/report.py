@@ -89,8 +89,12 @@ def _latest(out_dir: Path, subject: str) -> tuple[list[dict[str, Any]], dict[str
             content = json.loads(path.read_text())
         except (OSError, ValueError):  # of a run that a full disk cut short
             continue
-        # what a session does not have is in the log; the page tells of what was tried
-        jobs = [j for j in content["jobs"] if j["subject"] == subject and j["status"] != "skipped"]
+        # the page tells of what was tried, and of what was asked for by name
+        jobs = [
+            j
+            for j in content["jobs"]
+            if j["subject"] == subject and (j["status"] != "skipped" or j.get("named"))
+        ]
         for job in jobs:
             status[tuple(job.get(k, "") for k in ("session", "series", "model"))] = job
         if jobs:

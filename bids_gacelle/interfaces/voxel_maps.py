@@ -11,7 +11,7 @@ from nibabel.spatialimages import SpatialImage
 
 from bids_gacelle.bids.series import Series
 from bids_gacelle.errors import InputError
-from bids_gacelle.spatial.fibres import fibre_angles, folded
+from bids_gacelle.spatial.fibres import AXES, Axes, fibre_angles, folded
 from bids_gacelle.spatial.grids import load_volumes, resample_to, same_grid
 
 _LEAST_WEIGHT = 0.5  # of the neighbours that have a value, for a voxel between them to have one
@@ -81,19 +81,25 @@ def _angles_of_vectors(path: str, reference: SpatialImage) -> list[np.ndarray]:
     vectors = data.reshape(*data.shape[:3], -1, 3, order="C")
     if data.ndim == 5 and data.shape[3] == 3:  # (x, y, z, 3, fibres)
         vectors = np.moveaxis(data, 3, 4)
-    angles = fibre_angles(vectors, image.affine, _along_scanner(Path(path)))
+    angles = fibre_angles(vectors, image.affine, _axes(Path(path)))
     volumes = np.moveaxis(angles, -1, 0).astype(np.float32)
     return [_resampled(path, v, image, reference, order=0) for v in volumes]
 
 
-def _along_scanner(path: Path) -> bool:
-    """Whether a sidecar says that vectors are along the axes of the scanner."""
+def _axes(path: Path) -> Axes:
+    """What vectors are along by their sidecar (``OrientationEncoding``); else as FSL has them."""
     sidecar = path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
     try:
-        encoding = json.loads(sidecar.read_text()).get("OrientationEncoding") or {}
+        encoding = json.loads(sidecar.read_text()).get("OrientationEncoding")
     except (OSError, ValueError):
-        return False
-    return bool(isinstance(encoding, dict) and encoding.get("Reference") == "xyz")
+        return "bvec"
+    named = encoding.get("Reference", "bvec") if isinstance(encoding, dict) else "bvec"
+    if named not in AXES:
+        raise InputError(
+            f"{sidecar}: the Reference of OrientationEncoding is {named!r}; it must be one of "
+            f"{', '.join(AXES)}."
+        )
+    return named
 
 
 def _on_grid(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,6 +45,14 @@ TOTAL_FIELD = Parameter(
 )
 """What the maps of models of complex signals hold of the field, mean over flip angles."""
 
+INITIAL_PHASE = Parameter(
+    "pini",
+    "rad",
+    "Phase at echo time 0: the estimate from the echoes and the correction that was fitted",
+    window=(-np.pi, np.pi),
+    colormap="twilight",
+)
+
 
 class _WriteOutputSpec(TraitedSpec):
     written = traits.Dict(desc="outputs: files relative to the output folder; maps, ...: manifest")
@@ -82,8 +91,8 @@ class WriteMaps(Step):
             self._write_parameter(p, self._fit[f"map_{p.name}"], self._fit[f"std_{p.name}"])
             for p in parameters
         ]
-        if (field := total_field(self._model, self._fit, self.inputs.prepared)) is not None:
-            maps.append(self._write_parameter(TOTAL_FIELD, *field))
+        for whole in phase_maps(self._model, self._fit, self.inputs.prepared):
+            maps.append(self._write_parameter(*whole))
         manifest = {"maps": maps, **self._write_quality(), "fit_hash": self._record.fit_hash}
         return {"written": {"outputs": self._written, "manifest": manifest}}
 
@@ -280,23 +289,25 @@ class WriteManifest(Step):
         }
 
 
-def total_field(
+def phase_maps(
     model: Any, fit: dict[str, np.ndarray], prepared: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Field offset (voxels,) in Hz and its standard deviation, mean over the flip angles.
+) -> Iterator[tuple[Parameter, np.ndarray, np.ndarray]]:
+    """Field offset and initial phase (voxels,) with standard deviations; none without phases.
 
-    The corrections of the flip angles have nearly the same error, that of the frequencies of the
-    pools: the mean of their standard deviations is that of their mean. None where the signals
-    have no phase.
+    They are what was taken out of the signals before the fit, plus the corrections fitted. The
+    field is the mean over flip angles, whose corrections have nearly the same error, that of the
+    frequencies of the pools: the mean of their standard deviations is that of their mean.
     """
     fitted = [p for p in model.parameters if p.name.rstrip("0123456789") == "dfreqBKG"]
     if "complex" not in prepared or not fitted:
-        return None
+        return
     found = np.load(prepared["complex"]["field"]).mean(axis=0)
     factor = map_units(model)[fitted[0].name].factor / len(fitted)
     corrections = factor * np.stack([fit[f"map_{p.name}"] for p in fitted])
     deviations = factor * np.stack([fit[f"std_{p.name}"] for p in fitted])
-    return found + corrections.sum(axis=0), deviations.sum(axis=0)
+    yield TOTAL_FIELD, found + corrections.sum(axis=0), deviations.sum(axis=0)
+    phase = np.load(prepared["complex"]["phase"]) + fit["map_dpini"]
+    yield INITIAL_PHASE, np.angle(np.exp(1j * phase)), fit["std_dpini"]
 
 
 def scheme_file(settings: Settings, series: Series) -> PurePosixPath | None:

@@ -237,7 +237,7 @@ def test_eight_times_the_memory_limit_gives_the_same_maps_and_stays_below_it(tmp
     environment = os.environ | {COMPILE_VARIABLE: "never", "PYTHONPATH": str(root)}
     for model, more in {
         "r2star": ["--voxels", "800000", "--times", "8", "--dictionary", "64"],
-        "nexi": ["--voxels", "20000", "--times", "1.4", "--dictionary", "64"],
+        "nexi": ["--voxels", "50000", "--times", "1.4", "--dictionary", "64"],
     }.items():
         out = tmp_path / f"{model}.json"
         command = [sys.executable, script, "--models", model, "--repeats", "1", "--out", out]

@@ -10,6 +10,7 @@ import torch
 from bids_gacelle.engine import EngineError, fit, kernels
 from bids_gacelle.engine.kernels import (
     COMPILE_VARIABLE,
+    Compiled,
     compile_wanted,
 )
 
@@ -93,3 +94,21 @@ def test_a_model_object_keeps_what_was_compiled_for_it(monkeypatch):
     steps = [key for key in model.kept if key[0] == "step"]
     assert len(steps) == 2
     assert len(model.kept) == len(kept) + 1
+
+
+class Shift:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, x):
+        return x + self.by
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_functions_of_many_models_share_no_limit():
+    """torch compiles one code object so many times, and all steps have the same code."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        shifts = [Compiled(Shift(by)) for by in (1.0, 2.0, 3.0)]
+        assert [float(shift(torch.zeros(8))[0]) for shift in shifts] == [1, 2, 3]
+    assert all(shift.works for shift in shifts)

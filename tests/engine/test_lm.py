@@ -99,7 +99,7 @@ def test_restart_at_the_optimum_stays_there(name):
     stays = (again.position - first.position).abs() / kernel.width.nan_to_num(1.0)
     assert float(stays.amax(0)[first.converged].quantile(0.99)) < 1e-3
     assert float(again.evaluations.double().mean()) < 3.5
-    assert bool((again.cost <= first.cost * (1 + 1e-12)).all())
+    assert bool((again.cost <= first.cost * (1 + TIGHT["ftol"])).all())
 
 
 def test_cost_never_increases():

@@ -12,7 +12,7 @@ from bids_gacelle.interfaces.units import (
     map_units,
     prior_in_map_units,
 )
-from bids_gacelle.interfaces.write import total_field
+from bids_gacelle.interfaces.write import phase_maps
 
 PPM = 42.577478518 * 3  # Hz at 3 T, CODATA
 
@@ -60,7 +60,7 @@ def test_a_frequency_without_a_known_field_stays_in_ppm():
     assert map_unit(susceptibility, 3.0) == ("ppm", 1)
 
 
-def test_the_error_of_the_field_is_that_which_all_flip_angles_share(tmp_path):
+def test_the_whole_field_and_phase_with_the_error_that_all_flip_angles_share(tmp_path):
     scheme = GradientEchoScheme(
         echo_time=np.tile(0.003 * np.arange(1, 9), 3),
         flip_angle=np.repeat([5.0, 20, 60], 8),
@@ -71,7 +71,13 @@ def test_the_error_of_the_field_is_that_which_all_flip_angles_share(tmp_path):
     np.save(tmp_path / "field.npy", np.array([[10.0, 0], [12, 0], [14, 0]], np.float32))
     fit = {f"map_dfreqBKG{n}": np.array([0.01, 0.0]) for n in (1, 2, 3)}
     fit |= {f"std_dfreqBKG{n}": np.array([0.02, np.nan if n == 2 else 0.02]) for n in (1, 2, 3)}
-    found = total_field(fitted, fit, {"complex": {"field": str(tmp_path / "field.npy")}})
-    assert found is not None
-    np.testing.assert_allclose(found[0], [12 + 0.01 * PPM, 0], rtol=1e-6)
-    np.testing.assert_allclose(found[1], [0.02 * PPM, np.nan], rtol=1e-6)
+    np.save(tmp_path / "phase.npy", np.array([3.0, -1.0], np.float32))
+    fit |= {"map_dpini": np.array([0.5, 0.25]), "std_dpini": np.array([0.1, 0.2])}
+    removed = {name: str(tmp_path / f"{name}.npy") for name in ("field", "phase")}
+    field, phase = phase_maps(fitted, fit, {"complex": removed})
+    np.testing.assert_allclose(field[1], [12 + 0.01 * PPM, 0], rtol=1e-6)
+    np.testing.assert_allclose(field[2], [0.02 * PPM, np.nan], rtol=1e-6)
+    assert phase[0].name == "pini"
+    np.testing.assert_allclose(phase[1], [3.5 - 2 * np.pi, -0.75], rtol=1e-6)
+    np.testing.assert_allclose(phase[2], [0.1, 0.2])
+    assert list(phase_maps(fitted, fit, {})) == []

@@ -52,21 +52,29 @@ def test_volumes_of_fibres_are_numbered(tmp_path):
     assert list(shares) == ["ff1", "ff2", "ff3"]
 
 
-@pytest.mark.parametrize("scanner", [False, True])
-def test_orientations_become_angles(tmp_path, scanner):
+@pytest.mark.parametrize("axes", ["", "xyz", "ijk"])
+def test_orientations_become_angles(tmp_path, axes):
     affine = np.array([[0.0, 0, 2, 0], [0, 2, 0, 0], [2, 0, 0, 0], [0, 0, 0, 1]])  # x along z
     vectors = np.zeros((*SHAPE, 6))
     vectors[..., 0] = 1
     vectors[..., 4:] = np.sin(0.4), np.cos(0.4)
-    if scanner:
-        write_json(tmp_path / "fo.json", {"OrientationEncoding": {"Reference": "xyz"}})
+    if axes:
+        write_json(tmp_path / "fo.json", {"OrientationEncoding": {"Reference": axes}})
     path = write_image(tmp_path / "fo.nii.gz", vectors, affine)
     series = Series("megre", "01", "", {}, ("a.nii",), voxel_maps={"fo": VoxelMap(str(path))})
     reference = nib.Nifti1Image(np.zeros(SHAPE, np.float32), affine)
     found = voxel_inputs(series, reference)
-    expected = (np.pi / 2, 0.4) if scanner else (0.0, np.pi / 2)
+    expected = (np.pi / 2, 0.4) if axes == "xyz" else (0.0, np.pi / 2)
     for name, angle in zip(("theta1", "theta2"), expected, strict=True):
         np.testing.assert_allclose(found[name], angle, atol=1e-3)
+
+
+def test_unknown_axes_of_orientations_are_refused(tmp_path):
+    write_json(tmp_path / "fo.json", {"OrientationEncoding": {"Reference": "ras"}})
+    with pytest.raises(
+        InputError, match=r"fo\.json: the Reference .* 'ras'; it must be one of xyz"
+    ):
+        read(tmp_path, np.ones((*SHAPE, 3)), name="fo")
 
 
 @pytest.mark.parametrize(

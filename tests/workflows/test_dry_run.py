@@ -9,6 +9,7 @@ import pytest
 from bids_gacelle.cli.main import main
 from tests.datasets import (
     SHAPE,
+    add_complex,
     add_dwi,
     add_megre,
     add_vfa,
@@ -109,6 +110,28 @@ def test_single_echoes_tell_no_decay(study, dry):
     code, text = dry("--models", "r1r2star,despot1")
     assert code == 0
     assert "r1r2star needs at least 2 different echo times of a flip angle" in text
+
+
+@pytest.mark.parametrize(
+    ("volumes", "code", "words"),
+    [
+        ({"theta": 1, "ff": 2}, 3, "theta.nii.gz` has the shape"),
+        ({"fo": 5, "ff": 2}, 3, "with 2 fibres the map fo needs 6 volumes, 3 for each."),
+        ({"fo": 6, "ff": 1}, 3, "with 2 fibres the map ff needs 2 volumes, 1 for each."),
+        ({"theta1": 1, "theta2": 1, "ff": 2}, 0, "1 of 1 fits are possible."),
+        ({"theta": 3, "ff": 3}, 0, "1 of 1 fits are possible."),
+    ],
+)
+def test_maps_of_too_few_fibres(study, dry, tmp_path, volumes, code, words):
+    times = 0.002 + 0.002 * np.arange(16)
+    add_complex(study, "MEGRE", {(0.0, te): np.exp(-20 * te) for te in times})
+    given = []
+    for name, n in volumes.items():
+        write_image(tmp_path / f"{name}.nii.gz", np.zeros((*SHAPE, n) if n > 1 else SHAPE))
+        given.append(f"{name}={tmp_path / name}.nii.gz")
+    options = ("gremwi.fibres=2", "gremwi.fit_freq_mw=false")
+    found, text = dry("--models", "gremwi", "--set", *options, "--voxel-map", *given)
+    assert (found, words in text) == (code, True), text
 
 
 @pytest.mark.parametrize("option", ["fibres=2", "rho=2", "t1_myelin=234"])

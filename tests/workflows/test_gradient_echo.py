@@ -93,6 +93,7 @@ def test_complex_signals_from_phases_of_any_scale(root, stored):
     assert abs(np.median(rate) / RATE - 1) < 0.005
     found = values(out, "model-r2star_param-freqbkg_anatmap")
     assert np.abs(found - field)[INSIDE].max() < 0.5
+    assert np.abs(values(out, "model-r2star_param-pini_anatmap")[INSIDE] - 0.7).max() < 0.02
     told = about(out, "R2starmap")
     assert told["SignalFitted"] == "complex"
     assert words in told["PhaseScaling"]
@@ -106,6 +107,7 @@ def test_real_and_imaginary_parts_and_the_other_sign(root):
     assert abs(np.median(values(out, "R2starmap")[INSIDE]) / RATE - 1) < 0.005
     found = values(out, "model-r2star_param-freqbkg_anatmap")
     assert np.abs(found + field)[INSIDE].max() < 0.5
+    assert np.abs(values(out, "model-r2star_param-pini_anatmap")[INSIDE] + 0.7).max() < 0.02
     assert about(out, "model-r2star_param-freqbkg_anatmap")["Units"] == "Hz"
 
 

@@ -186,7 +186,8 @@ def minimise_with_terms(
     fidelity
         (voxels,) objective of the voxels there.
     curvature
-        (parameters, voxels) its second derivatives there, with the other parameters following.
+        (parameters, some voxels) its second derivatives there, with the other parameters
+        following.
     terms
         At least one.
     settings

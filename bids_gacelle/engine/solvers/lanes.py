@@ -7,6 +7,7 @@ a voxel is in nor on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -43,6 +44,8 @@ class Lanes(Generic[State]):
         theirs.
     outcome
         From states to what is kept of them.
+    stale
+        Fields that a lane may have as the voxel before left them, until its first step.
     """
 
     def __init__(
@@ -53,8 +56,9 @@ class Lanes(Generic[State]):
         load: Callable[[Tensor, Voxels], State],
         advance: Callable[[State, Voxels], State],
         outcome: Callable[[State], Ends],
+        stale: frozenset[str] = frozenset(),
     ) -> None:
-        self.problem, self.starts = problem, starts
+        self.problem, self.starts, self.stale = problem, starts, stale
         self.load, self.advance, self.outcome = load, advance, outcome
         self.n_items = starts.shape[1]
         self.n_voxels = problem.voxels.data.shape[-1]
@@ -67,7 +71,8 @@ class Lanes(Generic[State]):
         first = torch.zeros(lanes, dtype=torch.long, device=starts.device)
         self.item = torch.full_like(first, -1)
         self.voxels = problem.voxels.take(first)
-        self.state = load(starts[:, first], self.voxels)
+        fresh = load(starts[:, first], self.voxels)
+        self.state = fresh._make(tensor.contiguous() for tensor in fresh)
         self.state.running.fill_(False)
         self.next_item = self.n_done = 0
 
@@ -97,7 +102,7 @@ class Lanes(Generic[State]):
             return
         items = self.item[lanes]
         for target, source in zip(ends, self.outcome(self.state), strict=True):
-            target[..., items] = source[..., lanes]
+            target.index_copy_(-1, items, source.index_select(-1, lanes))
         self.item[lanes] = -1
         self.n_done += len(lanes)
         self.problem.report(self.n_done / self.n_items)
@@ -109,16 +114,29 @@ class Lanes(Generic[State]):
             return
         first, n = self.next_item, len(lanes)
         self.next_item += n
-        # Sums may round differently when shapes change: always as many as there are lanes.
-        items = torch.arange(first, first + len(self.item), device=lanes.device)
+        self.item[lanes] = torch.arange(first, first + n, device=lanes.device)
+        starts, source = self._from(first, n)
+        fresh = self.load(starts, source)
+        renewed = [name not in self.stale for name in self.state._fields]
+        targets = (*compress(self.state, renewed), *self.voxels.tensors())
+        new = (*compress(fresh, renewed), *source.tensors())
+        for old, value in zip(targets, new, strict=True):
+            old.index_copy_(-1, lanes, value[..., :n])
+
+    def _from(self, first: int, n: int) -> tuple[Tensor, Voxels]:
+        """Return starts and voxels of `n` items, and more of them to be as many as lanes.
+
+        Sums may round differently when shapes change.
+        """
+        size, voxel = len(self.item), first % self.n_voxels
+        if voxel + size <= self.n_voxels:  # nothing to be copied
+            return self.starts[:, first : first + size], self.problem.voxels.take(
+                slice(voxel, voxel + size)
+            )
+        items = torch.arange(first, first + size, device=self.item.device)
         items = items.clamp_max(first + n - 1)
-        self.item[lanes] = items[:n]
-        source = self.problem.voxels.take(items % self.n_voxels)
-        fresh = self.load(self.starts[:, items], source)
-        for target, new in zip(
-            (*self.state, *self.voxels.tensors()), (*fresh, *source.tensors()), strict=True
-        ):
-            target[..., lanes] = new[..., :n]
+        starts = self.starts.index_select(-1, items)
+        return starts, self.problem.voxels.take(items % self.n_voxels)
 
     def _shrink(self, n_running: int) -> None:
         """Drop idle lanes once the queue is empty; their number is halved and halved again."""
@@ -132,4 +150,4 @@ class Lanes(Generic[State]):
             self.voxels = self.voxels.take(index)
 
     def _take(self, index: Tensor) -> State:
-        return self.state._make(tensor[..., index] for tensor in self.state)
+        return self.state._make(tensor.index_select(-1, index) for tensor in self.state)

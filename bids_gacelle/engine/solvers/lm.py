@@ -8,7 +8,7 @@ does not depend on the slowest voxel of a batch, and a result not on the neighbo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,17 +31,31 @@ from bids_gacelle.engine.starts import build_dictionary, find_starts
 
 _FIRST_DAMPING = 0.01
 _PASSES = 2
+# Predictions with more damping say little of what is left to gain. The last step is taken without
+# an evaluation where it is shorter than this share of the start box in every parameter.
+_LITTLE_DAMPING = 1.0
+_TRUSTED = 0.05
 # A move by the whole start box is taken to change the cost by at least this share.
 _LEAST_SHARE = 1e-3
 
 
 class State(NamedTuple):
-    """State of all lanes; lanes on the last axis. A cost of inf marks a lane just filled."""
+    """State of all lanes; lanes on the last axis.
+
+    Attributes
+    ----------
+    position, cost, gradient, hessian
+        Where a lane is; a cost of inf marks one just filled, which has not been anywhere.
+    trial, predicted
+        Where it goes next, and the decrease of the cost to expect from that.
+    """
 
     position: Tensor
     cost: Tensor
     gradient: Tensor
     hessian: Tensor
+    trial: Tensor
+    predicted: Tensor
     damping: Tensor
     growth: Tensor
     evaluations: Tensor
@@ -58,7 +72,8 @@ class LmSettings(Settings):
     max_evaluations
         A voxel that needs more is "not converged".
     ftol
-        Stop when the predicted and the actual decrease of the cost fall below this share of it.
+        Stop when the decrease of the cost to expect of a step falls below this share of it; if the
+        step is strongly damped, also that of the step before.
     xtol
         Stop when every step falls below this share of the width of the start box (for an
         amplitude: of its value).
@@ -117,6 +132,7 @@ def minimise(problem: Problem, starts: Tensor, most_evaluations: int | None = No
         outcome=lambda state: Ends(
             state.position, state.cost, state.evaluations - spent, state.converged
         ),
+        stale=frozenset({"gradient", "hessian", "predicted"}),
     )
     return lanes.run()
 
@@ -125,12 +141,13 @@ def _fresh(position: Tensor, spent: int) -> State:
     """Return lanes that have just been filled, with so many evaluations counted."""
     n, zeros = len(position), torch.zeros_like(position[0])
     flags = zeros.to(torch.bool)
-    diagonal = [torch.ones_like(zeros) if i == j else zeros for i, j in packed(n)]
     return State(
         position=position,
         cost=torch.full_like(zeros, torch.inf),
-        gradient=torch.zeros_like(position),
-        hessian=torch.stack(diagonal),
+        gradient=zeros.expand(n, -1),
+        hessian=zeros.expand(len(packed(n)), -1),
+        trial=position.clone(),
+        predicted=zeros.clone(),
         damping=torch.full_like(zeros, _FIRST_DAMPING),
         growth=torch.full_like(zeros, 2.0),
         evaluations=torch.full_like(zeros, spent, dtype=torch.int32),
@@ -159,52 +176,65 @@ class LmStep:
         )
 
     def __call__(self, state: State, voxels: Voxels) -> tuple[Tensor, ...]:
-        """Return the next state; lanes that do not run keep theirs."""
+        """Return the next state; lanes that do not run keep theirs.
+
+        The trial is evaluated and kept if it is better, and the next one chosen. What is expected
+        of that may end the fit, which then costs no evaluation to confirm it.
+        """
         settings = self.settings
-        position, gradient = list(state.position.unbind(0)), list(state.gradient.unbind(0))
-        hessian = _Symmetric(list(state.hessian.unbind(0)))
-        scale = [
-            z.abs().clamp_min(1e-3) if i == self.kernel.amplitude else self.width[i]
-            for i, z in enumerate(position)
-        ]
-        step = self._bounded_step(state, position, gradient, hessian, scale)
-        trial = [
-            (z + s).clamp(low, high)
-            for z, s, low, high in zip(position, step, self.lower, self.upper, strict=True)
-        ]
-        cost, new_gradient, new_hessian = self.kernel.sums(torch.stack(trial), voxels)
+        cost, new_gradient, new_hessian = self.kernel.sums(state.trial, voxels)
         fresh = torch.isinf(state.cost)
-        curved = hessian.times(step)
-        predicted = -sum_of(
-            [s * (g + 0.5 * c) for s, g, c in zip(step, gradient, curved, strict=True)]
-        )
-        actual = state.cost - cost
         better = state.running & (cost < state.cost)
 
-        small_step = all_of(
-            [(s / w).abs() < settings.xtol for s, w in zip(step, scale, strict=True)]
-        )
-        limit = settings.ftol * state.cost + self.noise_floor * _power(voxels)
-        small_gain = (predicted <= limit) & (actual.abs() <= limit)
-        converged = state.running & ~fresh & (small_step | small_gain)
+        def updated(new: Iterable[Tensor], old: Iterable[Tensor]) -> list[Tensor]:
+            return [torch.where(better, a, b) for a, b in zip(new, old, strict=True)]
 
-        gain = actual / predicted.clamp_min(torch.finfo(self.kernel.dtype).tiny)
+        position = updated(state.trial.unbind(0), state.position.unbind(0))
+        gradient = updated(new_gradient, state.gradient.unbind(0))
+        hessian = _Symmetric(updated(new_hessian, state.hessian.unbind(0)))
+        now = torch.where(better, cost, state.cost)
+
+        actual = state.cost - cost
+        gain = actual / state.predicted.clamp_min(torch.finfo(self.kernel.dtype).tiny)
         shrink = (1 - (2 * gain.clamp(0, 1) - 1) ** 3).clamp_min(0.2)
         damping = torch.where(better, state.damping * shrink, state.damping * state.growth)
         damping = torch.where(fresh, state.damping, damping.clamp(self.least_damping, 1e12))
         growth = torch.where(better, 2.0, state.growth * 2).clamp_max(1e6)
+
+        scale = [
+            z.abs().clamp_min(1e-3) if i == self.kernel.amplitude else self.width[i]
+            for i, z in enumerate(position)
+        ]
+        step = self._bounded_step(now, damping, position, gradient, hessian, scale)
+        trial = [
+            (z + s).clamp(low, high)
+            for z, s, low, high in zip(position, step, self.lower, self.upper, strict=True)
+        ]
+        curved = hessian.times(step)
+        predicted = -sum_of(
+            [s * (g + 0.5 * c) for s, g, c in zip(step, gradient, curved, strict=True)]
+        )
+
+        length = [(s / w).abs() for s, w in zip(step, scale, strict=True)]
+        limit = settings.ftol * now + self.noise_floor * _power(voxels)
+        meaningful = (damping <= _LITTLE_DAMPING) | (actual.abs() <= limit)
+        small_step = all_of([x < settings.xtol for x in length])
+        known = state.running & torch.isfinite(now)
+        converged = known & (small_step | ((predicted.abs() <= limit) & meaningful))
         evaluations = state.evaluations + state.running
         lost = evaluations >= settings.max_evaluations
-        running = state.running & ~converged & ~lost & (torch.isfinite(cost) | ~fresh)
+        running = known & ~converged & ~lost
 
-        def updated(new: list[Tensor], old: list[Tensor]) -> Tensor:
-            return torch.stack([torch.where(better, a, b) for a, b in zip(new, old, strict=True)])
-
+        last = converged & (damping <= _LITTLE_DAMPING) & (predicted >= 0)
+        last = last & all_of([x < _TRUSTED for x in length])
+        position = [torch.where(last, a, b) for a, b in zip(trial, position, strict=True)]
         return (
-            updated(trial, position),
-            torch.where(better, cost, state.cost),
-            updated(new_gradient, gradient),
-            updated(new_hessian, hessian.triangle),
+            torch.stack(position),
+            torch.where(last, (now - predicted).clamp_min(0), now),
+            torch.stack(gradient),
+            torch.stack(hessian.triangle),
+            torch.stack(trial),
+            predicted,
             torch.where(state.running, damping, state.damping),
             torch.where(state.running, growth, state.growth),
             evaluations,
@@ -214,7 +244,8 @@ class LmStep:
 
     def _bounded_step(
         self,
-        state: State,
+        cost: Tensor,
+        damping: Tensor,
         position: list[Tensor],
         gradient: list[Tensor],
         hessian: _Symmetric,
@@ -234,10 +265,10 @@ class LmStep:
         step = [torch.zeros_like(z) for z in position]
         # A parameter without influence here (exchange without neurites) has no curvature to be
         # damped by; it would jump from bound to bound and get every joint step rejected.
-        share = _LEAST_SHARE * torch.where(torch.isinf(state.cost), 0.0, state.cost)
+        share = _LEAST_SHARE * torch.where(torch.isinf(cost), 0.0, cost)
         damped = hessian.with_diagonal(
             [
-                d + torch.maximum(d, share / w**2) * state.damping
+                d + torch.maximum(d, share / w**2) * damping
                 for d, w in zip(hessian.diagonal(), scale, strict=True)
             ]
         )
