@@ -1,7 +1,8 @@
 """Numpy models, written as a user of scipy would, and cases of the other diffusion models.
 
 SANDI has b = .5, 1.2, 2.4, 4 and 6 ms/um^2, 32 directions at SNR 50; models of echo time have the
-shells of AxCaliber-SMT's first diffusion time at 51 and 92 ms; the rest have NEXI's 15 shells.
+shells of AxCaliber-SMT's first diffusion time at 51 and 92 ms, axonalt2 b = 6 at four echo times;
+the rest have NEXI's 15 shells.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ECHO_TIMES = np.array([0.051, 0.092])
 TE_B = np.concatenate((ECHO_B, [0.0], ECHO_B))  # b=0 of the first echo time is 1 by definition
 TE = np.repeat(ECHO_TIMES, (6, 7))
 TE_DELTA = 30.0
+TE4 = np.array([0.051, 0.065, 0.079, 0.092])
 STEPS = 8
 
 
@@ -121,6 +123,11 @@ def meaxcalibersmt(x):
     return signal / (shares[0][0] + shares[1][0] + csf[0])
 
 
+def axonalt2(x):
+    diameter, s0 = x
+    return s0 * np.exp(-TE4 * (R2A + K2A / (diameter / 2)))
+
+
 _TEX = np.log(14), 0, np.log(150)
 _EXCHANGE = {"fn": (0.1, 0.8), "dn": (1.5, 3), "de": (0.5, 1.5), "tex": (2, 50)}
 _SOMA = {"rs": (2, 12), "fs": (0.05, 0.6), "fin": (0.05, 0.9)}
@@ -167,6 +174,10 @@ CASES = {
         {"fn": (0.3, 0.9), "fcsf": (0, 0.2), "deperp": (0.5, 1.5), "diameter": (1, 6),
          "r2e": (15, 40)},
         [0.5, 0.1, 0.9, 3.5, 30], ([0, 0, 0.01, 0.1, 1], [1, 1, 1.7, 20, 75]), 240,
+    ),
+    "axonalt2": (
+        "axonalt2", {}, DiffusionScheme(b=np.full(4, 6.0), echo_time=TE4), axonalt2,
+        {"diameter": (1, 6), "S0": (0.3, 0.6)}, [3.5, 0.45], ([0.1, 0], [20, np.inf]), 240,
     ),
 }  # fmt: skip
 

@@ -265,14 +265,14 @@ def _project_linear(
     kernel: Kernel, dictionary: Dictionary, entry: Tensor, voxels: Voxels
 ) -> Tensor:
     """Return entries (voxels,) as positions whose linear parameters are the best ones."""
-    signal = dictionary.signal[:, entry].double().transpose(1, 2)  # (signals, M, voxels)
+    signal = dictionary.signal.index_select(1, entry).double()  # (signals, voxels, M)
     last = signal[-1]
     others = signal[:-1] - last
     weight = voxels.loss_weight()
-    weighted = others if weight is None else others * weight
-    offset = voxels.data - last
-    gram = [[(a * b).sum(0) for b in others] for a in weighted]
-    slope = [(a * offset).sum(0) for a in weighted]
+    weighted = others if weight is None else others * weight.T
+    offset = voxels.data.T - last
+    gram = [[(a * b).sum(-1) for b in others] for a in weighted]
+    slope = [(a * offset).sum(-1) for a in weighted]
     weights = best_weights(Mixing(gram, slope)).to(kernel.dtype)
     position = dictionary.position[:, entry]
     return kernel.coordinates(kernel.parameters(position) | kernel.model.unmix(weights))

@@ -21,6 +21,7 @@ from bids_gacelle.engine.physics.quadrature import (
     OPTIMISED_LIMIT,
     gauss_legendre,
     legendre2,
+    legendre4,
     powder_rule,
 )
 from bids_gacelle.engine.physics.restricted import (
@@ -34,19 +35,24 @@ from bids_gacelle.engine.physics.restricted import (
 from bids_gacelle.engine.physics.steady_state import spgr
 
 
-@pytest.mark.parametrize(("n", "error"), [(6, 2e-6), (8, 6e-9)])
-@pytest.mark.parametrize("order", [0, 2])
-def test_optimised_rule_integrates_every_allowed_kernel(n, error, order):
+LEGENDRE = {0: np.ones_like, 2: legendre2, 4: legendre4}
+
+
+@pytest.mark.parametrize(
+    ("n", "orders", "error"),
+    [(6, (0, 2), 2e-6), (7, (0, 2, 4), 1.3e-7), (8, (0, 2), 6e-9), (8, (4,), 7e-8)],
+)
+def test_optimised_rule_integrates_every_allowed_kernel(n, orders, error):
     a = np.linspace(0, OPTIMISED_LIMIT, 300)[:, None]
     dense, dense_weights = gauss_legendre(200)
     nodes, weights = powder_rule(OPTIMISED_LIMIT, n)
 
-    def integral(x, w):
-        return (w * np.exp(-a * x**2) * (legendre2(x) if order else 1)).sum(1)
+    def integral(x, w, order):
+        return (w * np.exp(-a * x**2) * LEGENDRE[order](x)).sum(1)
 
-    np.testing.assert_allclose(
-        integral(nodes, weights), integral(dense, dense_weights), atol=error
-    )
+    for order in orders:
+        exact = integral(dense, dense_weights, order)
+        np.testing.assert_allclose(integral(nodes, weights, order), exact, atol=error)
 
 
 @pytest.mark.parametrize("largest", [70.0, 300.0, 2000.0])
@@ -61,8 +67,8 @@ def test_sharper_kernels_get_a_rule_with_more_nodes(largest, n, error):
 
 
 def test_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="No powder rule with 7"):
-        powder_rule(1.0, 7)
+    with pytest.raises(ValueError, match="No powder rule with 9"):
+        powder_rule(1.0, 9)
 
 
 def test_exchange_equals_the_matrix_exponential():

@@ -128,11 +128,11 @@ class Nexi(DiffusionModel):
         self.coherences = self.linear = tuple(p.name for p in coherences)
         sharpest = float(scheme.b.max()) * FITTED[1].bounds[1]
         # Six nodes err by 2e-6, far below any noise: enough for single-precision fits. Not for
-        # P4, which no rule was fitted for.
+        # P4, which they were not fitted for.
         self._rules, self._scaled_rules = (
             {
                 dtype: _rule(*powder_rule(largest, n), l_max)
-                for dtype, n in ((torch.float32, 6 if l_max < 4 else 8), (torch.float64, 8))
+                for dtype, n in ((torch.float32, 6 if l_max < 4 else 7), (torch.float64, 8))
             }
             for largest in (sharpest, LARGEST_SCALE * sharpest)
         )
