@@ -413,7 +413,7 @@ class _Fitter:
             device=self.device,
             limit=limit,
             block_size=block_size,
-            lanes=lanes or default_lanes(self.kernel),
+            lanes=lanes or default_lanes(self.kernel, compiled=self.settings.compiled),
             least_lanes=lanes or _FEWEST_LANES,
             ahead=self.reads_ahead(study),
             compiled=self.settings.compiled,

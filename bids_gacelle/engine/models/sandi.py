@@ -57,7 +57,7 @@ class Sandi(DiffusionModel):
     options = {"ds": 3.0, "limit": "murdaycotts"}  # noqa: RUF012
     option_limits = {"ds": POSITIVE}  # noqa: RUF012
     choices = {"limit": ("murdaycotts", "neuman")}  # noqa: RUF012
-    starts = 8
+    starts = 6
     linear = ("fs", "fin")
     # Apparent values as Palombo et al. 2020 show them for human cortex and white matter.
     tissues = {  # noqa: RUF012

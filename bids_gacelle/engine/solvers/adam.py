@@ -631,7 +631,7 @@ def minimise(problem: Problem, starts: Tensor, n_starts: int = 1) -> Ends:
                 state = step.reweigh(state, voxels)
         return state
 
-    most = settings.lanes or default_lanes(kernel)
+    most = settings.lanes or default_lanes(kernel, compiled=settings.compiled)
     if settings.compiled and settings.lanes is None and kernel.device.type == "cpu":
         most = _COMPILED_LANES
     return Lanes(problem, z, most, step.load, advance, step.outcome).run()
@@ -768,7 +768,7 @@ class _Coupled:
         self.evaluate = (
             kernel.compile("whole", evaluate, once=True) if settings.compiled else evaluate
         )
-        size = settings.lanes or default_lanes(kernel)
+        size = settings.lanes or default_lanes(kernel, compiled=False)
         self.tiles: list[tuple[Tensor, int, Voxels, Tensor]] = []
         for where, voxels in blocks:
             n = voxels.data.shape[-1]

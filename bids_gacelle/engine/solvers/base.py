@@ -21,8 +21,10 @@ def within(interval: str, default: float | None) -> Any:
     return field(default=default, metadata={"interval": interval})
 
 
-# Measurements and state of a voxel below which twice as many fit the cache of a core.
-_SMALL = 40
+# Measurements and state of a voxel up to which twice as many fit the cache of a core.
+_SMALL = 44
+# More threads than these have too little to do in the last steps of a block.
+_MOST_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,14 @@ class Solver:
     effort: int = 1
 
 
-def default_lanes(kernel: Kernel) -> int:
-    """Return how many voxels to work on at once: what fits the cache, or fills the device."""
+def default_lanes(kernel: Kernel, *, compiled: bool) -> int:
+    """Return how many voxels to work on at once: what fits the cache, or fills the device.
+
+    Compiled steps divide them among the threads, each with a cache of its own.
+    """
     if kernel.device.type != "cpu":
         return 1 << 17
     n = len(kernel.model.parameters)
-    numbers = kernel.model.n_measurements + 2 * n * n + 8
-    return 4096 if numbers <= _SMALL else 2048
+    state = kernel.model.n_measurements + n * (n + 7) // 2 + 6
+    threads = min(torch.get_num_threads(), _MOST_THREADS) if compiled else 1
+    return (4096 if state <= _SMALL else 2048) * threads

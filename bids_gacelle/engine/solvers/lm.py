@@ -126,7 +126,7 @@ def minimise(problem: Problem, starts: Tensor, most_evaluations: int | None = No
     lanes: Lanes[State] = Lanes(
         problem,
         starts,
-        settings.lanes or default_lanes(kernel),
+        settings.lanes or default_lanes(kernel, compiled=settings.compiled),
         load=lambda position, voxels: _fresh(position, spent),
         advance=lambda state, voxels: State(*step(state, voxels)),
         outcome=lambda state: Ends(
