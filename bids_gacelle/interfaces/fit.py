@@ -222,9 +222,9 @@ def _doubt_of_sign(
     shift = shift[np.isfinite(shift)]
     if shift.size and np.median(shift) < 0:
         return (
-            f"the median frequency of myelin water is negative ({np.median(shift):.3f} ppm), where "
-            f"it should be positive: with {option} it would be, so the sign of the phase is "
-            "probably wrong, and so are these maps"
+            f"the median frequency of myelin water is {np.median(shift):.3f} ppm, but should be "
+            f"positive, as it would be with {option}: the sign of the phase is probably wrong, "
+            "and so are these maps"
         )
     return ""
 

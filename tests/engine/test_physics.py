@@ -34,7 +34,6 @@ from bids_gacelle.engine.physics.restricted import (
 )
 from bids_gacelle.engine.physics.steady_state import spgr
 
-
 LEGENDRE = {0: np.ones_like, 2: legendre2, 4: legendre4}
 
 

@@ -10,9 +10,9 @@ FloatArray = NDArray[np.float64]
 OPTIMISED_LIMIT = 60.6
 """Largest exponent a of exp(-a x^2) for which the optimised rules keep their stated error."""
 
-# Nodes and weights fitted to int_0^1 exp(-a x^2) P_l(x) dx for a in [0, 60]: 6 and 8 by least squares
-# for l = 0, 2, and 7 to the smallest maximum error for l = 0, 2, 4. Plain Gauss-Legendre needs twice
-# the nodes for the same error.
+# Nodes and weights fitted to int_0^1 exp(-a x^2) P_l(x) dx for a in [0, 60]: 6 and 8 by least
+# squares for l = 0, 2, and 7 to the smallest maximum error for l = 0, 2, 4. Plain Gauss-Legendre
+# needs twice the nodes for the same error.
 _OPTIMISED = {
     6: (
         (0.068574896969, 0.210786725195, 0.369650621722,
