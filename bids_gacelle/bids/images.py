@@ -81,22 +81,29 @@ def review_series(
 
 
 def too_few_fibres(series: Series, needed_inputs: Sequence[str]) -> MetadataError | None:
-    """Say of a map of fibres that it has too few volumes for the numbered inputs of a model.
+    """Say of the maps of fibres that they have too few volumes for the inputs of a model.
 
     Parameters
     ----------
     series : whose maps were found readable by `review_series`.
-    needed_inputs : as in ``Job``.
+    needed_inputs : as in ``Job``; numbered where there are several fibres.
     """
+    found: set[str] = set()
+    sizes = []
     for name, path in ((n, Path(m.image)) for n, m in series.voxel_maps.items()):
-        numbered = [i for i in needed_inputs if i != name and name in names_of(i)]
-        each, shape = 3 if name == "fo" else 1, _open(path).shape
-        if any(i not in series.voxel_maps for i in numbered) and (
-            np.prod(shape[3:], dtype=int) < each * len(numbered)
-        ):
+        shape = _open(path).shape
+        volumes = int(np.prod(shape[3:], dtype=int))
+        fibres = volumes // 3 if name == "fo" else volumes
+        base = "theta" if name == "fo" else name
+        found |= {name, *(f"{base}{n}" for n in range(1, fibres + 1))}
+        sizes.append((name, path, shape))
+    missing = next((i for i in needed_inputs if i not in found), "")
+    for name, path, shape in sizes:
+        if name in names_of(missing):
+            each = "three volumes" if name == "fo" else "one volume"
             return MetadataError(
-                f"`{path}` has the shape {_shape(shape)}; with {len(numbered)} fibres the map "
-                f"{name} needs {each * len(numbered)} volumes, {each} for each.",
+                f"`{path}` has the shape {_shape(shape)} and holds no {missing}: the map {name} "
+                f"needs {each} for each fibre.",
                 path,
             )
     return None

@@ -42,7 +42,6 @@ from bids_gacelle.engine.objective import (
 from bids_gacelle.engine.regularise import Regulariser
 from bids_gacelle.engine.result import BlockMaps, BlockResult, FitResult, Maps
 from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver, settings_options
-from bids_gacelle.engine.solvers.base import default_lanes
 from bids_gacelle.engine.spatial_fit import EXTRA_STARTS, SpatialPlan, plan_spatial
 from bids_gacelle.engine.study import Block, Study
 from bids_gacelle.engine.uncertainty import Assessor
@@ -413,7 +412,7 @@ class _Fitter:
             device=self.device,
             limit=limit,
             block_size=block_size,
-            lanes=lanes or default_lanes(self.kernel, compiled=self.settings.compiled),
+            lanes=lanes or self.solver.lanes(self.kernel, self.settings.compiled),
             least_lanes=lanes or _FEWEST_LANES,
             ahead=self.reads_ahead(study),
             compiled=self.settings.compiled,

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from bids_gacelle.engine.kernels import Kernel, Voxels
 from bids_gacelle.engine.solvers import Settings, Solver
-from bids_gacelle.engine.starts import TILE, chunk_size
+from bids_gacelle.engine.starts import TILE, starts_at_once
 from bids_gacelle.engine.study import Study
 
 _DOUBLE = 8
@@ -87,15 +87,18 @@ def footprint(
     ends = settings.starts * (2 * item * p + stages * (item * solver.kept(p) + 8))
     solution = _DOUBLE * (2 + solver.copies * m) * p + settings.starts * item * (p + 1)
     results = 8 * names + p + 17
-    copies = _COPIES_CLOSED if model.linear else _COPIES_OF_TILE
-    entries = copies * min(settings.dictionary, TILE)
+    scored = item * min(settings.dictionary, TILE) * _COPIES_OF_TILE
+    if model.linear:
+        signals = len(model.linear) + 1
+        scored = item * min(settings.dictionary, TILE) * _COPIES_CLOSED
+        scored += _DOUBLE * m * (2 * signals + 3)
     lane = 3 * item * solver.kept(p) + item * numbers + _probe(kernel, study)
     return Footprint(
         loaded=study.row_bytes + prepared + _DOUBLE * m,
         held=prepared + max(converted + ends, solution + results),
         # The assessment of the same number of voxels is in double precision.
         lane=lane * (2 if item < _DOUBLE else 1),
-        start=chunk_size(kernel.device) * item * (entries + 2 * numbers),
+        start=starts_at_once(kernel) * (scored + 2 * item * numbers),
     )
 
 

@@ -426,9 +426,9 @@ class _SpatialFit:
             )
             moved[:, at] = end.position
             costs.append(end.cost.double())
-            some = torch.arange(
-                -at.start % stride, at.stop - at.start, stride, device=moved.device
-            )
+            some = torch.arange(at.stop - at.start, device=moved.device)[
+                -at.start % stride :: stride
+            ]
             found = self.kernel.normal_equations(end.position[:, some], own.take(some))
             curvatures.append(_profile(unpack(found.hessian)) / unit[at][some].to(moved))
         return moved, torch.cat(costs), torch.cat(curvatures, 1)

@@ -12,9 +12,12 @@ from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import Kernel, Voxels
 from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowest_cost
 
-# Voxels are scored in chunks of one fixed size: a matrix product may round differently when its
+# Voxels are worked on in chunks of one fixed size: a matrix product may round differently when its
 # shape changes, and a start must not depend on the size of a block.
-_CHUNK, _CHUNK_CUDA = 1 << 13, 1 << 15
+_CHUNK, _CHUNK_CUDA = 1 << 11, 1 << 15
+_CHUNK_SCORED = (
+    1 << 13
+)  # by one matrix product; mixtures have the many temporaries of closed forms
 TILE = 128
 """Entries of the dictionary scored at once."""
 
@@ -136,6 +139,13 @@ def chunk_size(device: torch.device) -> int:
     return _CHUNK if device.type == "cpu" else _CHUNK_CUDA
 
 
+def starts_at_once(kernel: Kernel) -> int:
+    """Return for how many voxels at once starts are looked for."""
+    if kernel.device.type == "cpu" and not kernel.model.linear:
+        return _CHUNK_SCORED
+    return chunk_size(kernel.device)
+
+
 def find_starts(
     kernel: Kernel, voxels: Voxels, dictionary: Dictionary, *, compiled: bool = False
 ) -> Tensor:
@@ -147,7 +157,7 @@ def find_starts(
     choose = _best_mixture if kernel.model.linear else _best_entry
     if compiled:
         choose = kernel.compile("starts", choose)
-    n, size = voxels.data.shape[-1], chunk_size(kernel.device)
+    n, size = voxels.data.shape[-1], starts_at_once(kernel)
     chunks = []
     for begin in range(0, n, size):
         index = torch.arange(begin, begin + size, device=kernel.device).clamp_max(n - 1)

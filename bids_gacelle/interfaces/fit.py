@@ -44,6 +44,8 @@ SIGN_VOXELS = 200
 
 # Residuals of the right sign are below this share of those of the wrong one.
 _CLEARLY_LESS = 0.8
+# Median frequencies of myelin water (ppm) of the two signs differ by more, if phases tell it.
+_CLEARLY_HIGHER = 0.015
 
 
 class _FitInputSpec(StepInputSpec):
@@ -218,13 +220,14 @@ def _doubt_of_sign(
             f"the residuals would be {np.median(theirs[known] / ours[known]):.2f} times as large "
             f"with {option}: the sign of the phase is probably wrong, and so are these maps"
         )
-    shift = result.maps.get("freqMW", np.ones(1))
-    shift = shift[np.isfinite(shift)]
-    if shift.size and np.median(shift) < 0:
+    if "freqMW" not in result.maps or not known.any():
+        return ""
+    shift, opposite = (float(np.nanmedian(r.maps["freqMW"])) for r in (result, other))
+    if opposite - shift > _CLEARLY_HIGHER:
         return (
-            f"the median frequency of myelin water is {np.median(shift):.3f} ppm, but should be "
-            f"positive, as it would be with {option}: the sign of the phase is probably wrong, "
-            "and so are these maps"
+            f"the median frequency of myelin water is {shift:.3f} ppm, with {option} it would be "
+            f"{opposite:.3f} ppm, and it should be positive: the sign of the phase is probably "
+            "wrong, and so are these maps"
         )
     return ""
 

@@ -89,14 +89,17 @@ def _latest(out_dir: Path, subject: str) -> tuple[list[dict[str, Any]], dict[str
             content = json.loads(path.read_text())
         except (OSError, ValueError):  # of a run that a full disk cut short
             continue
-        # the page tells of what was tried, and of what was asked for by name
+        # the page tells of what was tried, and of what was asked for by name; what an earlier run
+        # did stays although a later one found nothing to do it with
         jobs = [
             j
             for j in content["jobs"]
             if j["subject"] == subject and (j["status"] != "skipped" or j.get("named"))
         ]
         for job in jobs:
-            status[tuple(job.get(k, "") for k in ("session", "series", "model"))] = job
+            key = tuple(job.get(k, "") for k in ("session", "series", "model"))
+            if job["status"] != "skipped" or key not in status:
+                status[key] = job
         if jobs:
             run = _run_of(path.parent, content, any(j["status"] == "failed" for j in jobs))
     return list(status.values()), run

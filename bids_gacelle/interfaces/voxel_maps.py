@@ -87,19 +87,28 @@ def _angles_of_vectors(path: str, reference: SpatialImage) -> list[np.ndarray]:
 
 
 def _axes(path: Path) -> Axes:
-    """What vectors are along by their sidecar (``OrientationEncoding``); else as FSL has them."""
+    """What vectors are along by their sidecar (``OrientationEncoding``); else as FSL has them.
+
+    Raises
+    ------
+    InputError
+        There is a sidecar, but it cannot be read, or names no axes that are known.
+    """
     sidecar = path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
-    try:
-        encoding = json.loads(sidecar.read_text()).get("OrientationEncoding")
-    except (OSError, ValueError):
+    if not sidecar.exists():
         return "bvec"
-    named = encoding.get("Reference", "bvec") if isinstance(encoding, dict) else "bvec"
+    try:
+        content = json.loads(sidecar.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{sidecar} cannot be read as JSON ({error}).") from error
+    encoding = content.get("OrientationEncoding", {}) if isinstance(content, dict) else content
+    named = encoding.get("Reference", "bvec") if isinstance(encoding, dict) else encoding
     if named not in AXES:
         raise InputError(
             f"{sidecar}: the Reference of OrientationEncoding is {named!r}; it must be one of "
             f"{', '.join(AXES)}."
         )
-    return named
+    return AXES[AXES.index(named)]
 
 
 def _on_grid(

@@ -174,6 +174,20 @@ def test_maps_do_not_depend_on_blocks_nor_on_what_is_kept(known, monkeypatch):
         np.testing.assert_allclose(parts.trace["objective"], whole.trace["objective"], rtol=1e-6)
 
 
+def test_a_last_block_of_few_voxels():
+    """The sample that sets the stiffness passes over it."""
+    model = make_model("r2star")
+    data = noisy(model, draw(model, 10_001, 21), 0.01, 22).reshape(-1, 10_001, 1, 1)
+    options = {"spatial_iterations": 3}
+    terms = [TV(["R2star"], 0.1)]
+    whole, blocks = (
+        fit(model, data, sigma=0.01, regularise=terms, options=options, block_size=size)
+        for size in (None, 5000)
+    )
+    assert blocks.settings["blocks"] == 3
+    np.testing.assert_allclose(blocks.maps["R2star"], whole.maps["R2star"], rtol=1e-5)
+
+
 def test_maps_do_not_depend_on_how_the_data_lie_in_memory():
     model, data, _ = decay_data((6, 5, 4), 16, sd=25.0)
     mask = np.random.default_rng(17).random((6, 5, 4)) < 0.8

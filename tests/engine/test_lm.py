@@ -99,7 +99,8 @@ def test_restart_at_the_optimum_stays_there(name):
     stays = (again.position - first.position).abs() / kernel.width.nan_to_num(1.0)
     assert float(stays.amax(0)[first.converged].quantile(0.99)) < 1e-3
     assert float(again.evaluations.double().mean()) < 3.5
-    assert bool((again.cost <= first.cost * (1 + TIGHT["ftol"])).all())
+    before, after = (kernel.normal_equations(e.position, voxels).cost for e in (first, again))
+    assert bool((after <= before * (1 + 1e-12)).all())
 
 
 def test_cost_never_increases():
@@ -112,8 +113,10 @@ def test_cost_never_increases():
     for evaluations in range(1, 12):
         settings = LmSettings(max_evaluations=evaluations)
         end = minimise(Problem(kernel, voxels, kernel, voxels, settings), start)
-        assert bool((end.cost <= before * (1 + 1e-12)).all())
-        before = end.cost
+        cost = kernel.normal_equations(end.position, voxels).cost
+        # A last step that is not evaluated may miss what it promises, a millionth of the cost.
+        assert bool((cost <= before * (1 + 1e-6)).all())
+        before = cost
 
 
 def line_truth(times, sigma):

@@ -147,8 +147,9 @@ def test_a_phase_of_the_wrong_sign_is_noticed(name, wrong):
         scheme = GradientEchoScheme(echo_time=0.002 * np.arange(1, 17), field_strength=3)
         model = get_model(name)(scheme)
     tissue = {"S0": 1.0, "dfreqBKG": 0.0, "dpini": 0.0} | model.tissues["white matter"]
-    signal = model.signal({k: torch.full((12,), tissue[k]) for k in model.parameter_names})
-    data = signal.numpy() + np.random.default_rng(0).normal(0, 2e-3, signal.shape)
+    signal = model.signal({k: torch.full((100,), tissue[k]) for k in model.parameter_names})
+    noise = 2e-4 if name == "mcrmwi" else 1 / 70
+    data = signal.numpy() + np.random.default_rng(0).normal(0, noise, signal.shape)
     if wrong:
         data[len(scheme) :] *= -1
     settings = Settings(Path(), Path(), prior="weak")

@@ -116,10 +116,11 @@ def test_single_echoes_tell_no_decay(study, dry):
     ("volumes", "code", "words"),
     [
         ({"theta": 1, "ff": 2}, 3, "theta.nii.gz` has the shape"),
-        ({"fo": 5, "ff": 2}, 3, "with 2 fibres the map fo needs 6 volumes, 3 for each."),
-        ({"fo": 6, "ff": 1}, 3, "with 2 fibres the map ff needs 2 volumes, 1 for each."),
+        ({"fo": 5, "ff": 2}, 3, "holds no theta2: the map fo needs three volumes for each fibre."),
+        ({"fo": 6, "ff": 1}, 3, "holds no ff2: the map ff needs one volume for each fibre."),
         ({"theta1": 1, "theta2": 1, "ff": 2}, 0, "1 of 1 fits are possible."),
-        ({"theta": 3, "ff": 3}, 0, "1 of 1 fits are possible."),
+        ({"theta": 1, "theta2": 1, "ff": 3}, 0, "1 of 1 fits are possible."),
+        ({"theta": 3, "fo": 3, "ff": 3}, 0, "1 of 1 fits are possible."),
     ],
 )
 def test_maps_of_too_few_fibres(study, dry, tmp_path, volumes, code, words):

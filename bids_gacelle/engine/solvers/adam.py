@@ -631,9 +631,7 @@ def minimise(problem: Problem, starts: Tensor, n_starts: int = 1) -> Ends:
                 state = step.reweigh(state, voxels)
         return state
 
-    most = settings.lanes or default_lanes(kernel, compiled=settings.compiled)
-    if settings.compiled and settings.lanes is None and kernel.device.type == "cpu":
-        most = _COMPILED_LANES
+    most = settings.lanes or _lanes(kernel, settings.compiled)
     return Lanes(problem, z, most, step.load, advance, step.outcome).run()
 
 
@@ -803,6 +801,11 @@ def _kept(n: int) -> int:
     return 5 * n + 24
 
 
-ADAM = Solver(solve, AdamSettings, kept=_kept, effort=_EFFORT)
-SGDM = Solver(solve, SgdmSettings, kept=_kept, effort=_EFFORT)
-RMSPROP = Solver(solve, RmspropSettings, kept=_kept, effort=_EFFORT)
+def _lanes(kernel: Kernel, compiled: bool) -> int:
+    small = compiled and kernel.device.type == "cpu"
+    return _COMPILED_LANES if small else default_lanes(kernel, compiled)
+
+
+ADAM = Solver(solve, AdamSettings, kept=_kept, lanes=_lanes, effort=_EFFORT)
+SGDM = Solver(solve, SgdmSettings, kept=_kept, lanes=_lanes, effort=_EFFORT)
+RMSPROP = Solver(solve, RmspropSettings, kept=_kept, lanes=_lanes, effort=_EFFORT)

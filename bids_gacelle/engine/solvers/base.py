@@ -187,6 +187,19 @@ def best_of_starts(end: Ends, n_starts: int) -> Solution:
     )
 
 
+def default_lanes(kernel: Kernel, compiled: bool) -> int:
+    """Return how many voxels to work on at once: what fits the cache, or fills the device.
+
+    Compiled steps divide them among the threads, each with a cache of its own.
+    """
+    if kernel.device.type != "cpu":
+        return 1 << 17
+    n = len(kernel.model.parameters)
+    state = kernel.model.n_measurements + n * (n + 7) // 2 + 6
+    threads = min(torch.get_num_threads(), _MOST_THREADS) if compiled else 1
+    return (4096 if state <= _SMALL else 2048) * threads
+
+
 @dataclass(frozen=True)
 class Solver:
     """A way to solve a problem, and what it can be told.
@@ -201,6 +214,8 @@ class Solver:
         From the number of parameters to how many numbers it keeps for every start of a voxel.
     copies
         How many arrays (parameters, measurements, voxels) in double precision it makes.
+    lanes
+        From a kernel, and whether it is compiled, to how many voxels to work on at once.
     effort
         About how many times the model evaluations of Levenberg-Marquardt a voxel takes: the more,
         the smaller the fits for which compiling pays.
@@ -208,19 +223,7 @@ class Solver:
 
     solve: Callable[[Problem], Solution]
     settings: type[Settings] = Settings
-    kept: Callable[[int], int] = lambda n: 2 * n + n * (n + 1) // 2 + 4
+    kept: Callable[[int], int] = lambda n: 3 * n + n * (n + 1) // 2 + 5
     copies: int = 0
+    lanes: Callable[[Kernel, bool], int] = default_lanes
     effort: int = 1
-
-
-def default_lanes(kernel: Kernel, *, compiled: bool) -> int:
-    """Return how many voxels to work on at once: what fits the cache, or fills the device.
-
-    Compiled steps divide them among the threads, each with a cache of its own.
-    """
-    if kernel.device.type != "cpu":
-        return 1 << 17
-    n = len(kernel.model.parameters)
-    state = kernel.model.n_measurements + n * (n + 7) // 2 + 6
-    threads = min(torch.get_num_threads(), _MOST_THREADS) if compiled else 1
-    return (4096 if state <= _SMALL else 2048) * threads

@@ -31,10 +31,12 @@ from bids_gacelle.engine.starts import build_dictionary, find_starts
 
 _FIRST_DAMPING = 0.01
 _PASSES = 2
-# Predictions with more damping say little of what is left to gain. The last step is taken without
-# an evaluation where it is shorter than this share of the start box in every parameter.
-_LITTLE_DAMPING = 1.0
-_TRUSTED = 0.05
+# A prediction below this share of what ends a fit is believed though the step before still gained
+# more, unless it is strongly damped. Losses with kinks hardly follow predictions.
+_SURE, _LITTLE_DAMPING = 0.1, 1.0
+# The last step is taken without an evaluation where it is shorter than this share of the start box
+# in every parameter.
+_SHORT = 0.05
 # A move by the whole start box is taken to change the cost by at least this share.
 _LEAST_SHARE = 1e-3
 
@@ -72,8 +74,8 @@ class LmSettings(Settings):
     max_evaluations
         A voxel that needs more is "not converged".
     ftol
-        Stop when the decrease of the cost to expect of a step falls below this share of it; if the
-        step is strongly damped, also that of the step before.
+        Stop when the decrease of the cost by the last step and the one to expect of the next fall
+        below this share of it, or, of L2, the latter below a tenth of that.
     xtol
         Stop when every step falls below this share of the width of the start box (for an
         amplitude: of its value).
@@ -126,7 +128,7 @@ def minimise(problem: Problem, starts: Tensor, most_evaluations: int | None = No
     lanes: Lanes[State] = Lanes(
         problem,
         starts,
-        settings.lanes or default_lanes(kernel, compiled=settings.compiled),
+        settings.lanes or default_lanes(kernel, settings.compiled),
         load=lambda position, voxels: _fresh(position, spent),
         advance=lambda state, voxels: State(*step(state, voxels)),
         outcome=lambda state: Ends(
@@ -167,6 +169,7 @@ class LmStep:
     def __init__(self, kernel: Kernel, settings: LmSettings) -> None:
         self.kernel = kernel
         self.settings = settings
+        self.smooth = kernel.objective.loss == "l2"
         # In single precision a smaller damping is lost in the rounding of the diagonal.
         self.least_damping = 1e-6 if kernel.dtype == torch.float32 else 1e-12
         # Costs below this share of the weighted squared data are rounding errors.
@@ -217,16 +220,21 @@ class LmStep:
 
         length = [(s / w).abs() for s, w in zip(step, scale, strict=True)]
         limit = settings.ftol * now + self.noise_floor * _power(voxels)
-        meaningful = (damping <= _LITTLE_DAMPING) | (actual.abs() <= limit)
+        slow, gentle = actual.abs() <= limit, damping <= _LITTLE_DAMPING
+        small_gain = slow & (predicted.abs() <= limit)
         small_step = all_of([x < settings.xtol for x in length])
+        if self.smooth:
+            small_gain = small_gain | (gentle & (predicted.abs() <= _SURE * limit))
+        else:
+            small_step = small_step & slow
         known = state.running & torch.isfinite(now)
-        converged = known & (small_step | ((predicted.abs() <= limit) & meaningful))
+        converged = known & (small_step | small_gain)
         evaluations = state.evaluations + state.running
         lost = evaluations >= settings.max_evaluations
         running = known & ~converged & ~lost
 
-        last = converged & (damping <= _LITTLE_DAMPING) & (predicted >= 0)
-        last = last & all_of([x < _TRUSTED for x in length])
+        last = converged & gentle & (predicted >= 0) & all_of([x < _SHORT for x in length])
+        last = last & self.smooth
         position = [torch.where(last, a, b) for a, b in zip(trial, position, strict=True)]
         return (
             torch.stack(position),
