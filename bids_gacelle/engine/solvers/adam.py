@@ -48,7 +48,7 @@ _EDGE = 1e-4
 _STRIDE = 10
 # The compiled step takes fewer lanes than the device's default: its last voxels, which may need
 # all iterations, are worked on in full lanes.
-_COMPILED_LANES = 1024
+_COMPILED_LANES = 2048
 # From the median absolute deviation to the standard deviation of normal noise.
 _MAD_TO_SD = 1.4826
 # An outlier is trusted again below this share of the threshold; a measurement at the threshold
