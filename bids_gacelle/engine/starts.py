@@ -15,9 +15,9 @@ from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowe
 # Voxels are worked on in chunks of one fixed size: a matrix product may round differently when its
 # shape changes, and a start must not depend on the size of a block.
 _CHUNK, _CHUNK_CUDA = 1 << 11, 1 << 15
-_CHUNK_SCORED = (
-    1 << 13
-)  # by one matrix product; mixtures have the many temporaries of closed forms
+# Entries are scored by one matrix product, unless signals are mixed: the many temporaries of a
+# closed form should stay in cache.
+_CHUNK_SCORED = 1 << 13
 TILE = 128
 """Entries of the dictionary scored at once."""
 

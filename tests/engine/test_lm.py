@@ -114,8 +114,9 @@ def test_cost_never_increases():
         settings = LmSettings(max_evaluations=evaluations)
         end = minimise(Problem(kernel, voxels, kernel, voxels, settings), start)
         cost = kernel.normal_equations(end.position, voxels).cost
-        # A last step that is not evaluated may miss what it promises, a millionth of the cost.
-        assert bool((cost <= before * (1 + 1e-6)).all())
+        # Only a last step, which is not evaluated, may miss the millionth that it promises.
+        rounding = torch.where(end.converged, 1e-6, 1e-12)
+        assert bool((cost <= before * (1 + rounding)).all())
         before = cost
 
 
