@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -206,6 +207,11 @@ class Kernel:
         if self.objective.loss == "l2" and (averages == 1).all():
             return None
         return self._column(averages.tolist())
+
+    @functools.cached_property
+    def recordings(self) -> torch.cuda.MemPool:
+        """Memory of the GPU that recorded iterations work in."""
+        return torch.cuda.MemPool()
 
     @property
     def runs_compiled(self) -> bool:

@@ -404,6 +404,16 @@ class SignalModel(ABC):
         constant = self._tables[key]
         return constant.reshape(constant.shape + (1,) * like.ndim)
 
+    def places(self, name: str, values: NDArray[np.int64], like: Tensor) -> Tensor:
+        """Return a constant index on the device of `like`; see `table`.
+
+        A list in its place would be sent to a GPU, which then waits, each time it is used.
+        """
+        key = (name, torch.int64, like.device)
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(values, dtype=torch.int64, device=like.device)
+        return self._tables[key]
+
     def voxel_input(self, name: str, inputs: Inputs | None, like: Tensor) -> Tensor:
         """Return a voxel input, or its default as a tensor that broadcasts."""
         if inputs is not None and name in inputs:

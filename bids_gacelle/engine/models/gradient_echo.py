@@ -92,10 +92,7 @@ class GradientEchoModel(SignalModel):
         """Return values of excitations, (excitations or 1, ...), for each of their images."""
         if len(values) == 1:
             return values
-        key = ("excitation", torch.int64, values.device)
-        if key not in self._tables:
-            self._tables[key] = torch.tensor(self.excitation, device=values.device)
-        return values[self._tables[key]]
+        return values[self.places("excitation", self.excitation, values)]
 
     def echoes(self, number: int) -> np.ndarray:
         """Return the places of the images of an excitation, by echo time."""

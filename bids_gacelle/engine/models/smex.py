@@ -55,7 +55,7 @@ class Smex(Nexi):
         lengths, shells, place = np.unique(
             scheme.small_delta, return_index=True, return_inverse=True
         )
-        self._shells, self._place = shells.tolist(), place.tolist()
+        self._shells, self._place = shells, place
         limits = {p.name: p.bounds for p in FITTED}
         exponent = LARGEST_SCALE * scheme.b * max(limits["dn"][1], limits["de"][1])
         strongest = float((exponent * self._share / (3 - self._share)).max())
@@ -109,8 +109,9 @@ class Smex(Nexi):
         table = self._pulses.get(fn.dtype, self._pulses[torch.float64])
         coefficients = self.table("pulse", table.coefficients, fn.new_zeros(()))[which]
         share = self.table("share", self._share, fn)
-        pulse = pulse_weights(coefficients, table, fn, (rate * share)[self._shells])
+        exponent = (rate * share)[self.places("shells", self._shells, fn)]
+        pulse = pulse_weights(coefficients, table, fn, exponent)
         # Eager, one row for all shells is cheaper; compiled, a loop with a lookup is twice faster.
         if len(self._shells) == 1 and not torch.compiler.is_compiling():
             return pulse
-        return pulse._replace(weights=pulse.weights[:, :, :, self._place])
+        return pulse._replace(weights=pulse.weights[:, :, :, self.places("place", self._place, fn)])

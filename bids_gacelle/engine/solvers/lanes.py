@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bids_gacelle.engine.kernels import Voxels
 from bids_gacelle.engine.solvers.base import Ends, Problem
+from bids_gacelle.engine.solvers.replay import Replay
 
 FEWEST = 256
 _REFILL_SHARE = 0.2
@@ -59,7 +60,9 @@ class Lanes(Generic[State]):
         stale: frozenset[str] = frozenset(),
     ) -> None:
         self.problem, self.starts, self.stale = problem, starts, stale
-        self.load, self.advance, self.outcome = load, advance, outcome
+        self.load, self.outcome = load, outcome
+        on_gpu = starts.device.type == "cuda"
+        self.advance = Replay(advance, problem.kernel) if on_gpu else advance
         self.n_items = starts.shape[1]
         self.n_voxels = problem.voxels.data.shape[-1]
         # A compiled step is bound to its shapes: one number of lanes for all blocks, to the end.
@@ -67,7 +70,7 @@ class Lanes(Generic[State]):
         lanes = most if self.fixed else min(FEWEST, most)
         while lanes < min(self.n_items, most):
             lanes *= 2
-        self.steps = 1 if starts.device.type == "cpu" else _STEPS_CUDA
+        self.steps = _STEPS_CUDA if on_gpu else 1
         first = torch.zeros(lanes, dtype=torch.long, device=starts.device)
         self.item = torch.full_like(first, -1)
         self.voxels = problem.voxels.take(first)

@@ -27,6 +27,7 @@ from bids_gacelle.engine.solvers.base import (
     within,
 )
 from bids_gacelle.engine.solvers.lanes import Lanes
+from bids_gacelle.engine.solvers.replay import is_recorded
 from bids_gacelle.engine.starts import build_dictionary, find_starts
 
 _FIRST_DAMPING = 0.01
@@ -294,7 +295,7 @@ class LmStep:
                 f & (z + s != i) for f, z, s, i in zip(free, position, step, inside, strict=True)
             ]
             compiling = torch.compiler.is_compiling()
-            if not compiling and not bool(torch.stack(outside).any()):
+            if not (compiling or is_recorded(cost)) and not bool(torch.stack(outside).any()):
                 break
             step = [
                 torch.where(o, i - z, s)
