@@ -91,7 +91,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--voxels", type=int, default=250_000)
     parser.add_argument("--models", nargs="+", default=["nexi", "nexi2", "axcalibersmt", "r2star"])
-    parser.add_argument("--lanes", type=int, nargs="+", default=[1 << 17])
+    parser.add_argument("--lanes", type=int, nargs="+", default=[1 << 16])
     arguments = parser.parse_args()
     rows = []
     for case in cases(arguments.voxels, arguments.models):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -163,6 +162,8 @@ class Kernel:
         Widths of the start boxes in solver coordinates, (parameters, 1); NaN for an amplitude.
     amplitude
         Index of the amplitude parameter, or None.
+    recording
+        What a GPU recorded last of a solver's iterations; the next recording works in its memory.
     """
 
     def __init__(
@@ -195,6 +196,7 @@ class Kernel:
         self.width = self._column([high - low for low, high in coordinates])
         self.averages = self._averages()
         self.compiled: dict[str, Compiled] = {}
+        self.recording: torch.cuda.CUDAGraph | None = None
 
     def _averages(self) -> Tensor | None:
         """Return how many magnitudes each measurement averages, (measurements, 1).
@@ -207,11 +209,6 @@ class Kernel:
         if self.objective.loss == "l2" and (averages == 1).all():
             return None
         return self._column(averages.tolist())
-
-    @functools.cached_property
-    def recordings(self) -> torch.cuda.MemPool:
-        """Memory of the GPU that recorded iterations work in."""
-        return torch.cuda.MemPool()
 
     @property
     def runs_compiled(self) -> bool:

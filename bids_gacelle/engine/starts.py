@@ -17,7 +17,7 @@ from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowe
 _CHUNK, _CHUNK_CUDA = 1 << 11, 1 << 15
 # Entries are scored by one matrix product, unless signals are mixed: the many temporaries of a
 # closed form should stay in cache.
-_CHUNK_SCORED = 1 << 13
+_CHUNK_SCORED, _CHUNK_SCORED_CUDA = 1 << 13, 1 << 16
 TILE = 128
 """Entries of the dictionary scored at once."""
 
@@ -141,9 +141,9 @@ def chunk_size(device: torch.device) -> int:
 
 def starts_at_once(kernel: Kernel) -> int:
     """Return for how many voxels at once starts are looked for."""
-    if kernel.device.type == "cpu" and not kernel.model.linear:
-        return _CHUNK_SCORED
-    return chunk_size(kernel.device)
+    if kernel.model.linear:
+        return chunk_size(kernel.device)
+    return _CHUNK_SCORED if kernel.device.type == "cpu" else _CHUNK_SCORED_CUDA
 
 
 def find_starts(

@@ -193,7 +193,8 @@ def default_lanes(kernel: Kernel, compiled: bool) -> int:
     Compiled steps divide them among the threads, each with a cache of its own.
     """
     if kernel.device.type != "cpu":
-        return 1 << 17
+        # Compiled, as many lanes go through the last steps, when few of them are at work.
+        return 1 << 16 if compiled else 1 << 17
     n = len(kernel.model.parameters)
     state = kernel.model.n_measurements + n * (n + 7) // 2 + 6
     threads = min(torch.get_num_threads(), _MOST_THREADS) if compiled else 1

@@ -35,7 +35,7 @@ class Replay(Generic[State]):
         From states, a named tuple of tensors, and voxels to the states an iteration later. One that
         looks at values cannot be recorded and is called as it is.
     kernel
-        Keeps the memory that recorded iterations work in, from block to block.
+        Keeps the last recording, from block to block.
     """
 
     def __init__(self, advance: Callable[[State, Voxels], State], kernel: Kernel) -> None:
@@ -51,7 +51,6 @@ class Replay(Generic[State]):
             return self.advance(state, voxels)
         known = self.recorded
         if known is None or known[0] is not state or known[1] is not voxels:
-            self.graph = self.recorded = None  # their memory is free for the next
             try:
                 self.graph, self.recorded = self._record(state, voxels), (state, voxels)
             except RuntimeError as error:
@@ -66,11 +65,12 @@ class Replay(Generic[State]):
         """Return the graph of an iteration that leaves its result where the states were."""
         device = self.kernel.device
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        now = torch.cuda.current_stream(device)
+        now, last = torch.cuda.current_stream(device), self.kernel.recording
         stream.wait_stream(now)
         with torch.cuda.device(device), torch.cuda.stream(stream):
             # Threads of other devices, and those that copy, go on meanwhile.
-            graph.capture_begin(self.kernel.recordings.id, capture_error_mode="thread_local")
+            pool = None if last is None else last.pool()
+            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 for old, new in zip(state, self.advance(state, voxels), strict=True):
                     if new is not old:
@@ -78,4 +78,5 @@ class Replay(Generic[State]):
             finally:
                 graph.capture_end()
         now.wait_stream(stream)
+        self.kernel.recording = graph
         return graph
