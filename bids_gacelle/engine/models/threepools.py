@@ -457,7 +457,7 @@ class ThreePools(GradientEchoModel):
 
 def typical(rate: Tensor) -> dict[str, Tensor]:
     """Return the parameters of white matter whose three pools decay with about this R2*."""
-    values = {"MWF": 0.1, "IWF": 0.6, "R2sMW": 100.0, "freqMW": 0.04, "freqIW": 0.0}
+    values = {"MWF": 0.1, "IWF": 0.6, "R2sMW": 100.0, "freqMW": 0.02, "freqIW": 0.0}
     found = {name: torch.full_like(rate, value) for name, value in values.items()}
     return found | {"R2sIW": rate - 3, "R2sEW": rate + 3}
 
