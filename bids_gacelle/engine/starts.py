@@ -41,8 +41,8 @@ class Dictionary:
     position
         (parameters, entries) in solver coordinates; an amplitude is 1.
     signal
-        (measurements, entries); for a model with linear parameters the signals it mixes,
-        (signals, entries, measurements).
+        (entries, measurements); for a model with linear parameters the signals it mixes,
+        (entries, signals, measurements).
     regions
         Indices of the entries of each region.
     """
@@ -90,7 +90,7 @@ def _build_dictionary(kernel: Kernel, entries: int, regions: int, seed: int) -> 
     split = _slabs(unit, regions) if few else _cells(unit, regions)
     cells = tuple(cell.to(kernel.device) for cell in split)
     if not linear:
-        return Dictionary(position, kernel.signal(position, inputs), cells)
+        return Dictionary(position, kernel.signal(position, inputs).T.contiguous(), cells)
     params = kernel.parameters(position)
     mixture = kernel.model.mixture({names[i]: params[names[i]] for i in fitted}, inputs)
     if kernel.amplitude is not None or not 2 <= len(mixture) <= MOST_SIGNALS:
@@ -98,7 +98,7 @@ def _build_dictionary(kernel: Kernel, entries: int, regions: int, seed: int) -> 
             f"{kernel.model.name} mixes {len(mixture)} signals; a model with linear parameters "
             f"mixes 2 to {MOST_SIGNALS}, and has no amplitude."
         )
-    return Dictionary(position, mixture.transpose(1, 2).contiguous(), cells)
+    return Dictionary(position, mixture.permute(2, 0, 1).contiguous(), cells)
 
 
 def _cells(unit: Tensor, regions: int) -> list[Tensor]:
@@ -160,8 +160,12 @@ def find_starts(
     n, size = voxels.data.shape[-1], starts_at_once(kernel)
     chunks = []
     for begin in range(0, n, size):
-        index = torch.arange(begin, begin + size, device=kernel.device).clamp_max(n - 1)
-        chunks.append(_chunk_starts(kernel, voxels.take(index), dictionary, choose))
+        if begin + size <= n:
+            chunk = voxels.map(lambda t, b=begin: t[..., b : b + size].contiguous())
+        else:
+            index = torch.arange(begin, begin + size, device=kernel.device).clamp_max(n - 1)
+            chunk = voxels.take(index)
+        chunks.append(_chunk_starts(kernel, chunk, dictionary, choose))
     return torch.cat(chunks, -1)[..., :n]
 
 
@@ -206,10 +210,7 @@ def _best_of_regions(
         for begin in range(0, len(region), size):
             places = torch.arange(begin, begin + size, device=region.device)
             tile = region[places.clamp_max(len(region) - 1)]
-            entries = dictionary.signal[:, tile]
-            if not linear:
-                entries = entries.T
-            cost, best = choose(entries, voxels, kernel.amplitude)
+            cost, best = choose(dictionary.signal[tile], voxels, kernel.amplitude)
             better = cost < lowest
             entry = torch.where(better, tile[best], entry)
             lowest = torch.where(better, cost, lowest)
@@ -254,10 +255,10 @@ def _best_mixture(signal: Tensor, voxels: Voxels, amplitude: None = None) -> tup
     Parameters
     ----------
     signal
-        (signals, entries, measurements).
+        (entries, signals, measurements).
     """
-    last = signal[-1]
-    others = signal[:-1] - last
+    *others, last = signal.unbind(1)
+    others = [other - last for other in others]
     weight = voxels.loss_weight()
     data = voxels.data if weight is None else voxels.data * weight
 
@@ -275,14 +276,13 @@ def _project_linear(
     kernel: Kernel, dictionary: Dictionary, entry: Tensor, voxels: Voxels
 ) -> Tensor:
     """Return entries (voxels,) as positions whose linear parameters are the best ones."""
-    signal = dictionary.signal.index_select(1, entry).double()  # (signals, voxels, M)
-    last = signal[-1]
-    others = signal[:-1] - last
+    signal = dictionary.signal.index_select(0, entry).double()  # (voxels, signals, M)
+    last = signal[:, -1:]
+    others = signal[:, :-1] - last
     weight = voxels.loss_weight()
-    weighted = others if weight is None else others * weight.T
-    offset = voxels.data.T - last
-    gram = [[(a * b).sum(-1) for b in others] for a in weighted]
-    slope = [(a * offset).sum(-1) for a in weighted]
+    weighted = others if weight is None else others * weight.T[:, None]
+    gram = [list(row.unbind(0)) for row in (weighted @ others.mT).permute(1, 2, 0)]
+    slope = list((weighted @ (voxels.data.T[:, None] - last).mT)[..., 0].T)
     weights = best_weights(Mixing(gram, slope)).to(kernel.dtype)
     position = dictionary.position[:, entry]
     return kernel.coordinates(kernel.parameters(position) | kernel.model.unmix(weights))
