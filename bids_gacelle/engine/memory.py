@@ -89,9 +89,7 @@ def footprint(
     results = 8 * names + p + 17
     scored = item * min(settings.dictionary, TILE) * _COPIES_OF_TILE
     if model.linear:
-        signals = len(model.linear) + 1
         scored = item * min(settings.dictionary, TILE) * _COPIES_CLOSED
-        scored += _DOUBLE * m * (2 * signals + 3)
     lane = 3 * item * solver.kept(p) + item * numbers + _probe(kernel, study)
     return Footprint(
         loaded=study.row_bytes + prepared + _DOUBLE * m,

@@ -200,30 +200,34 @@ def _best_of_regions(
     kernel: Kernel, voxels: Voxels, dictionary: Dictionary, choose: Choose
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the best entry (parameters, voxels) of each region, and its misfit (voxels,)."""
-    linear = bool(kernel.model.linear)
     # All tiles of one size, to which a compiled function is bound.
     size = min(TILE, max(len(region) for region in dictionary.regions))
     starts, costs = [], []
     for region in dictionary.regions:
         lowest = torch.full_like(voxels.data[0], torch.inf)
         entry = torch.zeros_like(lowest, dtype=torch.long)
+        weights = None
         for begin in range(0, len(region), size):
             places = torch.arange(begin, begin + size, device=region.device)
             tile = region[places.clamp_max(len(region) - 1)]
-            cost, best = choose(dictionary.signal[tile], voxels, kernel.amplitude)
+            cost, best, mixed = choose(dictionary.signal[tile], voxels, kernel.amplitude)
             better = cost < lowest
             entry = torch.where(better, tile[best], entry)
+            weights = mixed if weights is None else torch.where(better, mixed, weights)
             lowest = torch.where(better, cost, lowest)
-        if linear:
-            starts.append(_project_linear(kernel, dictionary, entry, voxels))
-        else:
-            starts.append(dictionary.position[:, entry])
+        position = dictionary.position[:, entry]
+        if kernel.model.linear:
+            mixture = kernel.model.unmix(weights)
+            position = kernel.coordinates(kernel.parameters(position) | mixture)
+        starts.append(position)
         costs.append(lowest)
     return starts, costs
 
 
-def _best_entry(signal: Tensor, voxels: Voxels, amplitude: int | None) -> tuple[Tensor, Tensor]:
-    """Return the lowest sum of squares of each voxel, up to a constant, and its entry.
+def _best_entry(
+    signal: Tensor, voxels: Voxels, amplitude: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the lowest sum of squares of each voxel, up to a constant, its entry, and no weights.
 
     Parameters
     ----------
@@ -240,17 +244,15 @@ def _best_entry(signal: Tensor, voxels: Voxels, amplitude: int | None) -> tuple[
         misfit = torch.addmm(power, signal, data, alpha=-2)
     else:
         misfit = -((signal @ data).clamp_min(0) ** 2) / power
-    return _lowest(misfit)
+    return misfit.amin(0), misfit.argmin(0), misfit[:0]
 
 
-def _lowest(misfit: Tensor) -> tuple[Tensor, Tensor]:
-    return misfit.amin(0), misfit.argmin(0)
+def _best_mixture(
+    signal: Tensor, voxels: Voxels, amplitude: None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the lowest sum of squares of each voxel, up to a constant, its entry, and its weights.
 
-
-def _best_mixture(signal: Tensor, voxels: Voxels, amplitude: None = None) -> tuple[Tensor, Tensor]:
-    """Return the lowest sum of squares of each voxel, up to a constant, and its entry.
-
-    Every entry is taken at its best mixing weights.
+    Every entry is taken at its best mixing weights, (signals, voxels).
 
     Parameters
     ----------
@@ -269,23 +271,14 @@ def _best_mixture(signal: Tensor, voxels: Voxels, amplitude: None = None) -> tup
     gram = [[power(a, b) for b in others] for a in others]
     slope = [torch.addmm(power(a, last), a, data, beta=-1) for a in others]
     alone = torch.addmm(power(last, last), last, data, alpha=-2)
-    return _lowest(lowest_cost(Mixing(gram, slope)) + alone)
+    misfit = lowest_cost(Mixing(gram, slope)) + alone
+    best = misfit.argmin(0)
 
+    def chosen(values: Tensor) -> Tensor:
+        return values.expand_as(misfit).gather(0, best[None])[0]
 
-def _project_linear(
-    kernel: Kernel, dictionary: Dictionary, entry: Tensor, voxels: Voxels
-) -> Tensor:
-    """Return entries (voxels,) as positions whose linear parameters are the best ones."""
-    signal = dictionary.signal.index_select(0, entry).double()  # (voxels, signals, M)
-    last = signal[:, -1:]
-    others = signal[:, :-1] - last
-    weight = voxels.loss_weight()
-    weighted = others if weight is None else others * weight.T[:, None]
-    gram = [list(row.unbind(0)) for row in (weighted @ others.mT).permute(1, 2, 0)]
-    slope = list((weighted @ (voxels.data.T[:, None] - last).mT)[..., 0].T)
-    weights = best_weights(Mixing(gram, slope)).to(kernel.dtype)
-    position = dictionary.position[:, entry]
-    return kernel.coordinates(kernel.parameters(position) | kernel.model.unmix(weights))
+    found = Mixing([[chosen(g) for g in row] for row in gram], [chosen(s) for s in slope])
+    return misfit.amin(0), best, best_weights(found)
 
 
 def _project_amplitude(kernel: Kernel, position: Tensor, voxels: Voxels) -> Tensor:

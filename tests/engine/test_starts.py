@@ -96,7 +96,7 @@ def test_starts_are_the_best_of_each_region_over_all_linear_parameters(name, opt
     dictionary = build_dictionary(kernel, 64, 2, 0)
     starts = find_starts(kernel, voxels, dictionary)
     weight = np.ones(voxels.data.shape) if voxels.weight is None else voxels.weight.numpy()
-    mixtures = dictionary.signal.numpy()
+    mixtures = dictionary.signal.numpy().swapaxes(0, 1)
     for start, region in zip(starts, dictionary.regions, strict=True):
         found = kernel.signal(start, {}).numpy() - voxels.data.numpy()
         found = (weight * found**2).sum(0)
@@ -119,8 +119,16 @@ def test_starts_do_not_depend_on_precision_or_neighbours(name, options):
     assert torch.equal(together[..., 100:107], alone)
     double, exact = problem(name, 300, True, **options)
     expected = find_starts(double, exact, build_dictionary(double, 512, 3, 0))
-    same = (together - expected).abs().amax((0, 1)) < 1e-3
-    assert float(same.double().mean()) > 0.95  # others have two entries that are as good
+    power = (exact.weight * exact.data**2).sum(0)
+    # Not the places: two entries, or mixtures of ill-conditioned signals, may be as good.
+    worse = torch.stack(
+        [
+            (double.sums(one.double(), exact)[0] - double.sums(other, exact)[0]) / power
+            for one, other in zip(together, expected, strict=True)
+        ]
+    )
+    assert float(worse.max()) < 1e-4
+    assert float((worse < 1e-6).double().mean()) > 0.99
     assert bool(((together >= kernel.lower) & (together <= kernel.upper)).all())
 
 
