@@ -207,6 +207,8 @@ def minimise_with_terms(
                 "Use solver 'adam'."
             )
     splits = [_split(term, position, curvature) for term in terms]
+    for split in splits:  # the voxels are where they would go without a pull
+        split.update(position, settings.spatial_prox)
     pull = _pull(splits, position)
     ended = Ended(position, pull, splits, converged=False)
     ended.objective.append(_objective(fidelity, position, terms))
