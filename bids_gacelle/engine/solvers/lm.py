@@ -30,7 +30,8 @@ from bids_gacelle.engine.solvers.lanes import Lanes
 from bids_gacelle.engine.solvers.replay import is_recorded
 from bids_gacelle.engine.starts import build_dictionary, find_starts
 
-_FIRST_DAMPING = 0.01
+# Damping at the start, and what the first of several failed steps multiplies it by.
+_FIRST_DAMPING, _FIRST_GROWTH = 0.005, 3.0
 _PASSES = 2
 # A prediction below this share of what ends a fit is believed though the step before still gained
 # more, unless it is strongly damped. Losses with kinks hardly follow predictions.
@@ -152,7 +153,7 @@ def _fresh(position: Tensor, spent: int) -> State:
         trial=position.clone(),
         predicted=zeros.clone(),
         damping=torch.full_like(zeros, _FIRST_DAMPING),
-        growth=torch.full_like(zeros, 2.0),
+        growth=torch.full_like(zeros, _FIRST_GROWTH),
         evaluations=torch.full_like(zeros, spent, dtype=torch.int32),
         running=~flags,
         converged=flags,
@@ -203,7 +204,7 @@ class LmStep:
         shrink = (1 - (2 * gain.clamp(0, 1) - 1) ** 3).clamp_min(0.2)
         damping = torch.where(better, state.damping * shrink, state.damping * state.growth)
         damping = torch.where(fresh, state.damping, damping.clamp(self.least_damping, 1e12))
-        growth = torch.where(better, 2.0, state.growth * 2).clamp_max(1e6)
+        growth = torch.where(better, _FIRST_GROWTH, state.growth * 2).clamp_max(1e6)
 
         scale = [
             z.abs().clamp_min(1e-3) if i == self.kernel.amplitude else self.width[i]
