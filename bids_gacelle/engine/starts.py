@@ -29,7 +29,7 @@ _ENTRIES_PER_PARAMETER_PROJECTED = 64
 _FEW = 2
 
 
-Choose = Callable[..., tuple[Tensor, Tensor]]
+Choose = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def find_starts(
     n, size = voxels.data.shape[-1], starts_at_once(kernel)
     chunks = []
     for begin in range(0, n, size):
-        if begin + size <= n:
-            chunk = voxels.map(lambda t, b=begin: t[..., b : b + size].contiguous())
+        if begin + size <= n:  # copying rows is faster than taking each voxel
+            chunk = voxels.take(slice(begin, begin + size)).map(Tensor.contiguous)
         else:
             index = torch.arange(begin, begin + size, device=kernel.device).clamp_max(n - 1)
             chunk = voxels.take(index)
@@ -206,7 +206,7 @@ def _best_of_regions(
     for region in dictionary.regions:
         lowest = torch.full_like(voxels.data[0], torch.inf)
         entry = torch.zeros_like(lowest, dtype=torch.long)
-        weights = None
+        weights: Tensor | None = None
         for begin in range(0, len(region), size):
             places = torch.arange(begin, begin + size, device=region.device)
             tile = region[places.clamp_max(len(region) - 1)]
@@ -217,6 +217,7 @@ def _best_of_regions(
             lowest = torch.where(better, cost, lowest)
         position = dictionary.position[:, entry]
         if kernel.model.linear:
+            assert weights is not None
             mixture = kernel.model.unmix(weights)
             position = kernel.coordinates(kernel.parameters(position) | mixture)
         starts.append(position)
@@ -250,7 +251,7 @@ def _best_entry(
 def _best_mixture(
     signal: Tensor, voxels: Voxels, amplitude: None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the lowest sum of squares of each voxel, up to a constant, its entry, and its weights.
+    """Return the lowest sum of squares of each voxel, up to a constant, its entry, and weights.
 
     Every entry is taken at its best mixing weights, (signals, voxels).
 

@@ -344,16 +344,18 @@ def test_device_names():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("name", "chosen"), ALL_MODELS)
-def test_gpu_and_cpu_find_the_same_optimum(name, chosen):
+def test_gpu_and_cpu_differ_no_more_than_rounding_does(name, chosen):
+    """Where many optima are as good, 1e-14 of the data decides on one processor, too."""
     model, n = make_model(name, **chosen), 1000
     params, inputs = draw(model, n, 29), draw_inputs(model, n, 30)
     data = noisy(model, params, 0.005, 31, inputs)
+    rounded = data * (1 + 1e-14 * np.random.default_rng(1).normal(size=data.shape))
     inputs = {k: v.numpy() for k, v in inputs.items()}
     options = {"ftol": 1e-10, "xtol": 1e-8, "max_evaluations": 200}
-    cpu, gpu, small = (
+    cpu, again, gpu, small = (
         fit(
             model,
-            data,
+            values,
             inputs=inputs,
             scale_sigma=np.full((1, n), 0.01),
             scale_group=np.zeros(model.n_measurements, int),
@@ -362,15 +364,23 @@ def test_gpu_and_cpu_find_the_same_optimum(name, chosen):
             options=options,
             block_size=b,
         )
-        for d, b in (("cpu", None), ("cuda", None), ("cuda", 300))
+        for values, d, b in (
+            (data, "cpu", None),
+            (rounded, "cpu", None),
+            (data, "cuda", None),
+            (data, "cuda", 300),
+        )
     )
     for key in model.parameter_names:
         np.testing.assert_array_equal(gpu.maps[key], small.maps[key])
-        scale = np.nanmedian(np.abs(cpu.maps[key]))
-        for other in (gpu, small):
-            close = np.abs(other.maps[key] - cpu.maps[key]) < 1e-4 * scale
-            assert close.mean() > 0.98
-            assert np.nanmedian(other.std[key]) == pytest.approx(np.nanmedian(cpu.std[key]), 0.02)
+        limit = 1e-4 * np.nanmedian(np.abs(cpu.maps[key]))
+        close, rounding = (np.abs(x.maps[key] - cpu.maps[key]) < limit for x in (gpu, again))
+        assert close.mean() > min(0.98, rounding.mean() - 0.05)
+        known = close & np.isfinite(cpu.std[key])
+        if known.any():
+            ratio = gpu.std[key][known] / cpu.std[key][known]
+            assert np.isfinite(ratio).mean() > 0.98
+            assert np.nanmedian(ratio) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.cuda

@@ -114,4 +114,5 @@ class Smex(Nexi):
         # Eager, one row for all shells is cheaper; compiled, a loop with a lookup is twice faster.
         if len(self._shells) == 1 and not torch.compiler.is_compiling():
             return pulse
-        return pulse._replace(weights=pulse.weights[:, :, :, self.places("place", self._place, fn)])
+        place = self.places("place", self._place, fn)
+        return pulse._replace(weights=pulse.weights[:, :, :, place])

@@ -19,8 +19,9 @@ from bids_gacelle.engine.solvers.replay import Replay
 
 FEWEST = 256
 _REFILL_SHARE = 0.2
-# Steps between looks at how many lanes have finished: each look makes a GPU wait for the host.
-_STEPS_CUDA = 4
+# Steps between looks at how many lanes have finished: each look makes a GPU wait for the host, and
+# compiled steps are short.
+_STEPS_CUDA, _STEPS_CUDA_COMPILED = 4, 8
 
 State = TypeVar("State", bound=Any)
 
@@ -70,7 +71,8 @@ class Lanes(Generic[State]):
         lanes = most if self.fixed else min(FEWEST, most)
         while lanes < min(self.n_items, most):
             lanes *= 2
-        self.steps = _STEPS_CUDA if on_gpu else 1
+        on_cuda = _STEPS_CUDA_COMPILED if self.fixed else _STEPS_CUDA
+        self.steps = on_cuda if on_gpu else 1
         first = torch.zeros(lanes, dtype=torch.long, device=starts.device)
         self.item = torch.full_like(first, -1)
         self.voxels = problem.voxels.take(first)

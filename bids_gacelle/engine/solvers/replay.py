@@ -17,23 +17,23 @@ State = TypeVar("State", bound=Any)
 
 
 def is_recorded(like: Tensor) -> bool:
-    """Tell whether operations on a tensor are recorded at this moment: no value can be looked at."""
+    """Tell whether operations on a tensor are being recorded: no value can be looked at then."""
     return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class Replay(Generic[State]):
     """An iteration of all lanes, recorded as a CUDA graph where it is called again.
 
-    Telling a GPU to do a small operation takes longer than doing it. A recorded iteration reads and
-    writes the tensors it was recorded with, so that they may be filled anew but not replaced; with
-    others it is recorded again. The very first call is made as it is: it compiles, and fills caches
-    of constants.
+    Telling a GPU to do a small operation takes longer than doing it. A recorded iteration reads
+    and writes the tensors it was recorded with, so that they may be filled anew but not replaced;
+    with others it is recorded again. The very first call is made as it is: it compiles, and fills
+    caches of constants.
 
     Parameters
     ----------
     advance
-        From states, a named tuple of tensors, and voxels to the states an iteration later. One that
-        looks at values cannot be recorded and is called as it is.
+        From states, a named tuple of tensors, and voxels to the states an iteration later. One
+        that looks at values cannot be recorded and is called as it is.
     kernel
         Keeps the last recording, from block to block.
     """
