@@ -111,7 +111,7 @@ def main():
     arguments = parser.parse_args()
     os.environ["BIDS_GACELLE_COMPILE"] = "always"
     torch.set_num_threads(1)
-    case = next(cases(100_000, ["nexi"]))
+    case = next(cases(250_000, ["nexi"]))
     report = {"machine": machine(), "speed": compare_speed(case, arguments.voxels)}
     report["errors"] = [errors(case, arguments.voxels, where) for where in ("inside", "outside")]
     (RESULTS / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -151,7 +151,7 @@ def run_case(case, scan, options):
         results.append(fit(model, data, **arguments))
     settings = [result.settings for result in results]
     row = {
-        "case": case.label,
+        "case": f"{case.label} {options.starts} starts" if options.starts else case.label,
         "voxels": data.shape[1],
         "measurements": data.shape[0],
         "parameters": len(model.parameter_names),
