@@ -313,6 +313,9 @@ def _fit_all(
         tally.end()
     except KeyboardInterrupt as stopped:
         return trace, stopped
+    finally:
+        for fitter in fitters:
+            fitter.release()
     return trace, None
 
 
@@ -424,6 +427,11 @@ class _Fitter:
         self.settings = replace(self.settings, lanes=plan.lanes)
         fully = self.settings.compiled_fully
         self.assessor = Assessor(self.exact, compiled=fully, lanes=plan.lanes)
+
+    def release(self) -> None:
+        """Give back the memory of a GPU that recorded iterations work in."""
+        for kernel in (self.kernel, *self.earlier, *self.plain.values()):
+            kernel.recording = None
 
     def reads_ahead(self, study: Study) -> bool:
         """Whether to read a block while another is fitted: not if both need the same processor."""

@@ -144,6 +144,13 @@ def unpack(triangle: Tensor) -> Tensor:
     return triangle[index].reshape(n, n, *triangle.shape[1:])
 
 
+class Recording(NamedTuple):
+    """Iterations that a GPU recorded, and the stream it did so on."""
+
+    graph: torch.cuda.CUDAGraph
+    stream: torch.cuda.Stream
+
+
 class Kernel:
     """A model on one device in one precision, in the coordinates solvers work in.
 
@@ -164,6 +171,8 @@ class Kernel:
         Index of the amplitude parameter, or None.
     recording
         What a GPU recorded last of a solver's iterations; the next recording works in its memory.
+    recordable
+        Whether they can be recorded; None: nobody has tried.
     """
 
     def __init__(
@@ -196,7 +205,8 @@ class Kernel:
         self.width = self._column([high - low for low, high in coordinates])
         self.averages = self._averages()
         self.compiled: dict[str, Compiled] = {}
-        self.recording: torch.cuda.CUDAGraph | None = None
+        self.recording: Recording | None = None
+        self.recordable: bool | None = None
 
     def _averages(self) -> Tensor | None:
         """Return how many magnitudes each measurement averages, (measurements, 1).

@@ -23,8 +23,9 @@ from bids_gacelle.engine.study import Study
 
 _DOUBLE = 8
 _PROBED = 64
-# Temporaries when entries of the start dictionary are scored, and in a closed form for each.
-_COPIES_OF_TILE, _COPIES_CLOSED = 4, 16
+# Temporaries when entries of the start dictionary are scored, and in a closed form for so many
+# signals that are mixed, without and with weights.
+_COPIES_OF_TILE, _COPIES_CLOSED = 4, {2: (8, 10), 3: (15, 29), 4: (19, 50)}
 # What an allocator keeps in reserve or cannot fill, over what is asked of it.
 _SLACK = 1.2
 # Work space of numerical libraries, code that is loaded at its first use.
@@ -89,15 +90,32 @@ def footprint(
     results = 8 * names + p + 17
     scored = item * min(settings.dictionary, TILE) * _COPIES_OF_TILE
     if model.linear:
-        scored = item * min(settings.dictionary, TILE) * _COPIES_CLOSED
-    lane = 3 * item * solver.kept(p) + item * numbers + _probe(kernel, study)
+        copies = _COPIES_CLOSED[_signals(kernel)][study.arrays > 1]
+        scored = item * min(settings.dictionary, TILE) * copies
+    intermediate = _probe(kernel, study)
+    lane = 3 * item * solver.kept(p) + item * numbers + intermediate
+    # The assessment of the same number of voxels is in double precision.
+    lane *= 2 if item < _DOUBLE else 1
+    if kernel.device.type == "cuda":
+        lane += stages * intermediate  # of recorded iterations
     return Footprint(
         loaded=study.row_bytes + prepared + _DOUBLE * m,
         held=prepared + max(converted + ends, solution + results),
-        # The assessment of the same number of voxels is in double precision.
-        lane=lane * (2 if item < _DOUBLE else 1),
+        lane=lane,
         start=starts_at_once(kernel) * (scored + 2 * item * numbers),
     )
+
+
+def _signals(kernel: Kernel) -> int:
+    """Return how many signals the linear parameters of a model mix."""
+    model, like = kernel.model, torch.ones(1, dtype=kernel.dtype, device=kernel.device)
+    inputs = {name: value * like for name, value in model.input_defaults.items()}
+    params = {
+        p.name: p.start[0] * like if p.start else like
+        for p in model.parameters
+        if p.name not in model.linear
+    }
+    return len(model.mixture(params, inputs))
 
 
 def _probe(kernel: Kernel, study: Study) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.kernels import Kernel, Voxels
+from bids_gacelle.engine.kernels import Kernel, Voxels, packed
 from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowest_cost
 
 # Voxels are worked on in chunks of one fixed size: a matrix product may round differently when its
@@ -17,7 +17,7 @@ from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowe
 _CHUNK, _CHUNK_CUDA = 1 << 11, 1 << 15
 # Entries are scored by one matrix product, unless signals are mixed: the many temporaries of a
 # closed form should stay in cache.
-_CHUNK_SCORED, _CHUNK_SCORED_CUDA = 1 << 13, 1 << 16
+_CHUNK_SCORED = 1 << 13
 TILE = 128
 """Entries of the dictionary scored at once."""
 
@@ -141,9 +141,9 @@ def chunk_size(device: torch.device) -> int:
 
 def starts_at_once(kernel: Kernel) -> int:
     """Return for how many voxels at once starts are looked for."""
-    if kernel.model.linear:
-        return chunk_size(kernel.device)
-    return _CHUNK_SCORED if kernel.device.type == "cpu" else _CHUNK_SCORED_CUDA
+    if kernel.device.type == "cpu" and not kernel.model.linear:
+        return _CHUNK_SCORED
+    return chunk_size(kernel.device)
 
 
 def find_starts(
@@ -245,7 +245,7 @@ def _best_entry(
         misfit = torch.addmm(power, signal, data, alpha=-2)
     else:
         misfit = -((signal @ data).clamp_min(0) ** 2) / power
-    return misfit.amin(0), misfit.argmin(0), misfit[:0]
+    return misfit.amin(0), misfit.argmin(0), data.new_empty(0, data.shape[1])
 
 
 def _best_mixture(
@@ -269,7 +269,9 @@ def _best_mixture(
         product = first * second
         return product.sum(1)[:, None] if weight is None else product @ weight
 
-    gram = [[power(a, b) for b in others] for a in others]
+    products = {pair: power(others[pair[0]], others[pair[1]]) for pair in packed(len(others))}
+    order = range(len(others))
+    gram = [[products[min(i, j), max(i, j)] for j in order] for i in order]
     slope = [torch.addmm(power(a, last), a, data, beta=-1) for a in others]
     alone = torch.addmm(power(last, last), last, data, alpha=-2)
     misfit = lowest_cost(Mixing(gram, slope)) + alone

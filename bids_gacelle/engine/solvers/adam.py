@@ -632,7 +632,8 @@ def minimise(problem: Problem, starts: Tensor, n_starts: int = 1) -> Ends:
         return state
 
     most = settings.lanes or _lanes(kernel, settings.compiled)
-    return Lanes(problem, z, most, step.load, advance, step.outcome).run()
+    lanes = Lanes(problem, z, most, step.load, advance, step.outcome, length=stride)
+    return lanes.run()
 
 
 class Term(Protocol):

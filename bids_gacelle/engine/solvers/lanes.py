@@ -22,8 +22,14 @@ _REFILL_SHARE = 0.2
 # Steps between looks at how many lanes have finished: each look makes a GPU wait for the host, and
 # compiled steps are short.
 _STEPS_CUDA, _STEPS_CUDA_COMPILED = 4, 8
+_LONGEST_RECORDED = 50  # iterations
 
 State = TypeVar("State", bound=Any)
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Tell whether a tensor is where each operation has to be told to the device."""
+    return tensor.is_cuda
 
 
 class Lanes(Generic[State]):
@@ -46,6 +52,8 @@ class Lanes(Generic[State]):
         theirs.
     outcome
         From states to what is kept of them.
+    length
+        Iterations that `advance` makes.
     stale
         Fields that a lane may have as the voxel before left them, until its first step.
     """
@@ -59,11 +67,13 @@ class Lanes(Generic[State]):
         advance: Callable[[State, Voxels], State],
         outcome: Callable[[State], Ends],
         stale: frozenset[str] = frozenset(),
+        length: int = 1,
     ) -> None:
         self.problem, self.starts, self.stale = problem, starts, stale
         self.load, self.outcome = load, outcome
-        on_gpu = starts.device.type == "cuda"
-        self.advance = Replay(advance, problem.kernel) if on_gpu else advance
+        gpu = on_gpu(starts)
+        recorded = gpu and length <= _LONGEST_RECORDED
+        self.advance = Replay(advance, problem.kernel) if recorded else advance
         self.n_items = starts.shape[1]
         self.n_voxels = problem.voxels.data.shape[-1]
         # A compiled step is bound to its shapes: one number of lanes for all blocks, to the end.
@@ -72,7 +82,7 @@ class Lanes(Generic[State]):
         while lanes < min(self.n_items, most):
             lanes *= 2
         on_cuda = _STEPS_CUDA_COMPILED if self.fixed else _STEPS_CUDA
-        self.steps = on_cuda if on_gpu else 1
+        self.steps = max(on_cuda // length, 1) if gpu else 1
         first = torch.zeros(lanes, dtype=torch.long, device=starts.device)
         self.item = torch.full_like(first, -1)
         self.voxels = problem.voxels.take(first)

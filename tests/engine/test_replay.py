@@ -1,0 +1,127 @@
+"""Iterations that a GPU repeats by itself: when they may be recorded, and that nothing changes."""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from bids_gacelle.engine import fit
+from bids_gacelle.engine.solvers import lanes
+from bids_gacelle.engine.solvers.replay import Rehearsal, Replay, is_recorded
+
+from .helpers import ALL_MODELS, draw, draw_inputs, make_model, noisy
+
+X = torch.linspace(-1, 1, 8)
+
+
+class Recorded:
+    """Stands for a CUDA graph: does the iteration in the tensors it was recorded with."""
+
+    def __init__(self, replay, state, voxels):
+        self.replay = lambda: [
+            old.copy_(new) for old, new in zip(state, replay.advance(state, voxels), strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("operation", "looks"),
+    [
+        (lambda x: torch.where(x > 0, x, -x).cumsum(0), False),
+        (lambda x: x[torch.tensor([1, 0])] + torch.full_like(x[:2], 3.0), False),
+        (lambda x: x * 2 if bool((x > 0).any()) else x, True),
+        (lambda x: x[x > 0], True),
+        (lambda x: x / float(x.sum() + 9), True),
+        (lambda x: x.index_put((x > 0,), torch.tensor(1.0)), True),
+        (lambda x: torch.unique(x), True),
+        (lambda x: x.to("meta"), True),
+    ],
+)
+def test_what_looks_at_values_is_found_before_it_is_recorded(operation, looks):
+    with Rehearsal() as rehearsal:
+        assert is_recorded(X)
+        operation(X)
+    assert rehearsal.looked == looks
+    assert not is_recorded(X)
+
+
+@pytest.mark.parametrize(
+    ("solver", "name", "chosen"),
+    [("lm", *model) for model in ALL_MODELS] + [("adam", "nexi", {}), ("rmsprop", "r2star", {})],
+)
+def test_the_iterations_of_all_models_can_be_recorded_without_a_change(
+    solver, name, chosen, monkeypatch
+):
+    model, n = make_model(name, **chosen), 300
+    inputs = draw_inputs(model, n, 2)
+    data = noisy(model, draw(model, n, 1), 0.01, 3, inputs)
+    options = {"max_evaluations": 12, "lanes": 256} if solver == "lm" else {"iterations": 30}
+    told = {"inputs": {k: v.numpy() for k, v in inputs.items()}, "starts": 1}
+    told |= {"solver": solver, "options": options}
+    plain = fit(model, data, **told)
+    seen = []
+
+    class Always(Replay):
+        def __call__(self, state, voxels):
+            seen.append(self.kernel.recordable)
+            return super().__call__(state, voxels)
+
+    monkeypatch.setattr(Replay, "_record", lambda *given: Recorded(*given))
+    monkeypatch.setattr(lanes, "Replay", Always)
+    monkeypatch.setattr(lanes, "on_gpu", lambda starts: True)
+    replayed = fit(model, data, **told)
+    assert seen[-1]
+    for key in plain.maps:
+        np.testing.assert_array_equal(replayed.maps[key], plain.maps[key])
+    np.testing.assert_array_equal(replayed.flags, plain.flags)
+
+
+class State(NamedTuple):
+    """One number per lane."""
+
+    x: torch.Tensor
+
+
+def test_other_tensors_are_recorded_anew_and_a_failure_ends_recording(monkeypatch):
+    kernel = SimpleNamespace(recordable=None, runs_compiled=False)
+    records = []
+
+    def record(self, state, voxels):
+        records.append(state)
+        if len(records) == 3:
+            raise RuntimeError("out of memory")
+        return Recorded(self, state, voxels)
+
+    monkeypatch.setattr(Replay, "_record", record)
+    replay = Replay(lambda state, voxels: State(state.x * 2), kernel)
+    state = State(torch.ones(3))
+    for _ in range(5):
+        state = replay(state, None)
+    assert len(records) == 1
+    assert state.x.tolist() == [32.0] * 3
+    state = replay(State(state.x[:2].clone()), None)
+    assert len(records) == 2
+    state = replay(State(state.x[:1].clone()), None)
+    assert not kernel.recordable
+    assert replay(state, None).x.tolist() == [256.0]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("solver", ["lm", "adam"])
+def test_recordings_of_many_blocks_share_their_memory(solver):
+    model, n = make_model("mcmicro"), 40_000
+    data = noisy(model, draw(model, n, 1), 0.01, 2).astype(np.float32)
+    reserved = []
+
+    def look(progress):
+        reserved.append(torch.cuda.memory_reserved())
+
+    options = None if solver == "lm" else {"iterations": 40}
+    told = {"device": "cuda", "solver": solver, "options": options}
+    parts = fit(model, data, block_size=1000, progress=look, **told)
+    assert reserved[-1] <= 2 * reserved[len(reserved) // 8]
+    whole = fit(model, data, **told)
+    np.testing.assert_array_equal(parts.maps["fn"], whole.maps["fn"])
+    torch.cuda.empty_cache()
