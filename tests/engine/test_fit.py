@@ -371,9 +371,11 @@ def test_gpu_and_cpu_differ_no_more_than_rounding_does(name, chosen):
             (data, "cuda", 300),
         )
     )
+    worse, by_rounding = (x.nrmse > 1.001 * cpu.nrmse + 1e-9 for x in (gpu, again))
+    assert worse.mean() < by_rounding.mean() + 0.05
     for key in model.parameter_names:
         np.testing.assert_array_equal(gpu.maps[key], small.maps[key])
-        limit = 1e-4 * np.nanmedian(np.abs(cpu.maps[key]))
+        limit = 1e-4 * np.nanquantile(np.abs(cpu.maps[key]), 0.9)
         close, rounding = (np.abs(x.maps[key] - cpu.maps[key]) < limit for x in (gpu, again))
         assert close.mean() > min(0.98, rounding.mean() - 0.05)
         known = close & np.isfinite(cpu.std[key])

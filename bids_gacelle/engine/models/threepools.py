@@ -456,7 +456,10 @@ class ThreePools(GradientEchoModel):
 
 
 def typical(rate: Tensor) -> dict[str, Tensor]:
-    """Return the parameters of white matter whose three pools decay with about this R2*."""
+    """Return the parameters of white matter whose three pools decay with about this R2*.
+
+    The frequency of myelin water lies between those of fibres along and across the field.
+    """
     values = {"MWF": 0.1, "IWF": 0.6, "R2sMW": 100.0, "freqMW": 0.02, "freqIW": 0.0}
     found = {name: torch.full_like(rate, value) for name, value in values.items()}
     return found | {"R2sIW": rate - 3, "R2sEW": rate + 3}

@@ -7,6 +7,8 @@ term in its units. Every term has its copy z_t of u_t and a scaled dual d_t:
     z_t <- argmin R_t(z) + rho_t / 2 |z - u_t - d_t|^2              the proximal step of the term
     d_t <- d_t + u_t - z_t
 
+It begins with the two lower lines, as the voxels have been fitted before.
+
 The first line is a fit of independent voxels with a quadratic pull, so it runs block by block; the
 others need the maps only. The result therefore does not depend on the blocks.
 """
@@ -207,7 +209,7 @@ def minimise_with_terms(
                 "Use solver 'adam'."
             )
     splits = [_split(term, position, curvature) for term in terms]
-    for split in splits:  # the voxels are where they would go without a pull
+    for split in splits:  # the voxels are about where they would go without a pull
         split.update(position, settings.spatial_prox)
     pull = _pull(splits, position)
     ended = Ended(position, pull, splits, converged=False)

@@ -193,7 +193,7 @@ def default_lanes(kernel: Kernel, compiled: bool) -> int:
     Compiled steps divide them among the threads, each with a cache of its own.
     """
     if kernel.device.type != "cpu":
-        # Compiled, as many lanes go through the last steps, when few of them are at work.
+        # Compiled steps have one shape: the last ones take as long though few lanes are at work.
         return 1 << 16 if compiled else 1 << 17
     n = len(kernel.model.parameters)
     state = kernel.model.n_measurements + n * (n + 7) // 2 + 6
