@@ -60,4 +60,5 @@ class GreMwi(ThreePools):
     def guess(self, data: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """Return a start around the single R2* of the magnitude."""
         magnitude = torch.hypot(*data.unflatten(0, (2, -1))) if self.is_complex else data
-        return self.start_from(data, inputs, typical(self.decay(magnitude)[0]))
+        rate = self.decay(magnitude)[0]
+        return self.start_from(data, inputs, typical(rate, signed=self.is_complex))

@@ -242,7 +242,7 @@ class McrMwi(ThreePools):
         rate, at_zero = self.decay(magnitude)
         like = data[0]
         r1 = rational_fit(at_zero, self.flip_angle(inputs, like), self.repetition_time(like))
-        values = typical(rate) | {
+        values = typical(rate, signed=self.is_complex) | {
             "R1IEW": torch.where(r1 > 0, r1, torch.nan),
             "kIEWM": torch.ones_like(rate),
         }

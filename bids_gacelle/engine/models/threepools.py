@@ -455,12 +455,14 @@ class ThreePools(GradientEchoModel):
         return [torch.where(none, 1 / self.fibres, s / total.clamp_min(1e-12)) for s in shares]
 
 
-def typical(rate: Tensor) -> dict[str, Tensor]:
+def typical(rate: Tensor, *, signed: bool) -> dict[str, Tensor]:
     """Return the parameters of white matter whose three pools decay with about this R2*.
 
-    The frequency of myelin water lies between those of fibres along and across the field.
+    The frequency of myelin water lies between those of fibres along and across the field or, where
+    data do not tell its sign, away from 0.
     """
-    values = {"MWF": 0.1, "IWF": 0.6, "R2sMW": 100.0, "freqMW": 0.02, "freqIW": 0.0}
+    values = {"MWF": 0.1, "IWF": 0.6, "R2sMW": 100.0, "freqIW": 0.0}
+    values["freqMW"] = 0.02 if signed else 0.05
     found = {name: torch.full_like(rate, value) for name, value in values.items()}
     return found | {"R2sIW": rate - 3, "R2sEW": rate + 3}
 

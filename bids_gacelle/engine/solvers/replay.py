@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 State = TypeVar("State", bound=Any)
 
 _rehearsal = threading.local()
+_recording = threading.Lock()
 _COPIES = frozenset({"aten::_to_copy", "aten::copy_"})
 _INDEXING = frozenset({"aten::index", "aten::index_put", "aten::index_put_"})
 _LOOKS = frozenset(
@@ -128,7 +129,8 @@ class Replay(Generic[State]):
         if known is None or known[0] is not state or known[1] is not voxels:
             self.recorded = None
             try:
-                self.graph = self._record(state, voxels)
+                with _recording:  # no thread can empty a cache while another one records
+                    self.graph = self._record(state, voxels)
             except RuntimeError as error:
                 logger.debug("Iterations are not recorded: %s", error)
                 kernel.recordable = False
