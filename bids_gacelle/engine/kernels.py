@@ -31,6 +31,19 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
+def span(tensor: Tensor, begin: int, size: int) -> Tensor:
+    """Return `size` entries of the last axis from a place on; past the end the last is repeated.
+
+    What is computed for pieces of one size neither compiles again for the last of them nor rounds
+    otherwise there.
+    """
+    part = tensor[..., begin : begin + size]
+    missing = size - part.shape[-1]
+    if missing:
+        part = torch.cat((part, part[..., -1:].expand(*part.shape[:-1], missing)), -1)
+    return part.contiguous()
+
+
 class Voxels(NamedTuple):
     """Normalised data of some voxels, all with voxels on the last axis.
 
@@ -77,6 +90,10 @@ class Voxels(NamedTuple):
         if isinstance(index, slice):
             return self.map(lambda tensor: tensor[..., index])
         return self.map(lambda tensor: tensor.index_select(-1, index))
+
+    def span(self, begin: int, size: int) -> Voxels:
+        """Return `size` voxels from a place on; past the end the last is repeated."""
+        return self.map(lambda tensor: span(tensor, begin, size))
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in a fixed order."""

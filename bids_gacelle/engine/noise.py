@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.kernels import Kernel, Voxels
+from bids_gacelle.engine.kernels import Kernel, Voxels, span
 from bids_gacelle.engine.objective import L1_CORNERS, Objective
 from bids_gacelle.engine.physics import rician
 from bids_gacelle.engine.starts import chunk_size
@@ -101,10 +101,8 @@ def from_residuals(
     n, size = voxels.data.shape[-1], chunk_size(kernel.device)
     out = []
     for begin in range(0, n, size):
-        # Padded to one size: sums over measurements must not depend on the number of voxels.
-        index = torch.arange(begin, begin + size, device=kernel.device).clamp_max(n - 1)
-        part = voxels.take(index)
-        residual = exact.signal(position[:, index], part.inputs) - part.data
+        part = voxels.span(begin, size)
+        residual = exact.signal(span(position, begin, size), part.inputs) - part.data
         if part.weight is not None:
             residual = residual * part.weight.sqrt()
         counted = part.counted()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.kernels import Kernel, Voxels, packed
+from bids_gacelle.engine.kernels import Kernel, Voxels, packed, span
 from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowest_cost
 
 # Voxels are worked on in chunks of one fixed size: a matrix product may round differently when its
@@ -29,7 +29,7 @@ _ENTRIES_PER_PARAMETER_PROJECTED = 64
 _FEW = 2
 
 
-Choose = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Choose = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,7 @@ def find_starts(
     n, size = voxels.data.shape[-1], starts_at_once(kernel)
     chunks = []
     for begin in range(0, n, size):
-        if begin + size <= n:  # copying rows is faster than taking each voxel
-            chunk = voxels.take(slice(begin, begin + size)).map(Tensor.contiguous)
-        else:
-            index = torch.arange(begin, begin + size, device=kernel.device).clamp_max(n - 1)
-            chunk = voxels.take(index)
-        chunks.append(_chunk_starts(kernel, chunk, dictionary, choose))
+        chunks.append(_chunk_starts(kernel, voxels.span(begin, size), dictionary, choose))
     return torch.cat(chunks, -1)[..., :n]
 
 
@@ -208,16 +203,15 @@ def _best_of_regions(
         entry = torch.zeros_like(lowest, dtype=torch.long)
         weights: Tensor | None = None
         for begin in range(0, len(region), size):
-            places = torch.arange(begin, begin + size, device=region.device)
-            tile = region[places.clamp_max(len(region) - 1)]
+            tile = span(region, begin, size)
             cost, best, mixed = choose(dictionary.signal[tile], voxels, kernel.amplitude)
             better = cost < lowest
             entry = torch.where(better, tile[best], entry)
-            weights = mixed if weights is None else torch.where(better, mixed, weights)
+            if mixed is not None:
+                weights = mixed if weights is None else torch.where(better, mixed, weights)
             lowest = torch.where(better, cost, lowest)
         position = dictionary.position[:, entry]
-        if kernel.model.linear:
-            assert weights is not None
+        if weights is not None:
             mixture = kernel.model.unmix(weights)
             position = kernel.coordinates(kernel.parameters(position) | mixture)
         starts.append(position)
@@ -227,7 +221,7 @@ def _best_of_regions(
 
 def _best_entry(
     signal: Tensor, voxels: Voxels, amplitude: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, None]:
     """Return the lowest sum of squares of each voxel, up to a constant, its entry, and no weights.
 
     Parameters
@@ -245,7 +239,7 @@ def _best_entry(
         misfit = torch.addmm(power, signal, data, alpha=-2)
     else:
         misfit = -((signal @ data).clamp_min(0) ** 2) / power
-    return misfit.amin(0), misfit.argmin(0), data.new_empty(0, data.shape[1])
+    return misfit.amin(0), misfit.argmin(0), None
 
 
 def _best_mixture(

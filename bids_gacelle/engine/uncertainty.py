@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.derivatives import voxelwise_gradients
-from bids_gacelle.engine.kernels import Kernel, SharedFactor, Voxels, packed, unpack
+from bids_gacelle.engine.kernels import Kernel, SharedFactor, Voxels, packed, span, unpack
 from bids_gacelle.engine.objective import LOSS_VARIANCE
 from bids_gacelle.engine.physics import rician
 from bids_gacelle.engine.solvers.base import Solution
@@ -102,13 +102,13 @@ class Assessor:
         n = voxels.data.shape[-1]
         for begin in range(0, n, self.at_once):
             count = min(self.at_once, n - begin)
-            index = torch.arange(begin, begin + self.at_once, device=voxels.data.device)
-            part = index.clamp_max(n - 1)  # a compiled function is bound to its shapes
             where = slice(begin, begin + count)
             common = None if shared is None else shared.take(where)
             ended = solution.take(where)
             moments = self._moments(
-                solution.position[:, part], voxels.take(part), _membership(shared, voxels)
+                span(solution.position, begin, self.at_once),
+                voxels.span(begin, self.at_once),
+                _membership(shared, voxels),
             )
             moments = Moments(*(m[..., :count] for m in moments))
             yield where, ended, self._judge(voxels.take(where), ended, moments, common)

@@ -31,8 +31,11 @@ from bids_gacelle.engine.blocks import (
     make_plan,
     share,
 )
-from bids_gacelle.engine.kernels import COMPILE_VARIABLE
-from bids_gacelle.engine.memory import AllocationCounter, Footprint
+from bids_gacelle.engine.kernels import COMPILE_VARIABLE, Kernel, Voxels
+from bids_gacelle.engine.memory import AllocationCounter, Footprint, footprint
+from bids_gacelle.engine.objective import Objective
+from bids_gacelle.engine.solvers import get_solver
+from bids_gacelle.engine.starts import build_dictionary, find_starts, starts_at_once
 from bids_gacelle.engine.study import Study
 
 from .helpers import draw, draw_inputs, make_model, noisy
@@ -226,6 +229,33 @@ def test_allocations_are_counted_while_they_live():
         del view
         second.sin()
     assert counter.peak == 8000
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("nexi", {}),
+        ("nexi", {"l_max": 2}),
+        ("nexi", {"l_max": 4}),
+        ("nexidot", {"l_max": 2}),
+        ("sandi", {}),
+        ("axcalibersmt", {}),
+    ],
+)
+def test_what_looking_for_starts_takes_is_foreseen(name, options, weighted):
+    model, lm = make_model(name, **options), get_solver("lm")
+    kernel = Kernel(model, Objective(), torch.float32, CPU)
+    n, settings = 2 * starts_at_once(kernel), lm.settings()
+    data = noisy(model, draw(model, n, 1), 0.01, 2).astype(np.float32)
+    study = Study(model, data, weights=np.ones(len(data)) if weighted else None)
+    foreseen = footprint(kernel, study, lm, settings).start
+    signal = torch.tensor(data)
+    voxels = Voxels(signal, weight=torch.ones_like(signal) if weighted else None)
+    dictionary = build_dictionary(kernel, settings.dictionary, 1, 0)
+    with AllocationCounter() as counter:
+        find_starts(kernel, voxels, dictionary)
+    assert foreseen / 4 < counter.peak <= foreseen * 1.2  # the plan adds as much
 
 
 @pytest.mark.slow

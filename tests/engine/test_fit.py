@@ -377,7 +377,7 @@ def test_gpu_and_cpu_differ_no_more_than_rounding_does(name, chosen):
         np.testing.assert_array_equal(gpu.maps[key], small.maps[key])
         limit = 1e-4 * np.nanquantile(np.abs(cpu.maps[key]), 0.9)
         close, rounding = (np.abs(x.maps[key] - cpu.maps[key]) < limit for x in (gpu, again))
-        assert close.mean() > min(0.98, rounding.mean() - 0.05)
+        assert close.mean() > (0.98 if rounding.mean() > 0.98 else rounding.mean() - 0.05)
         known = close & np.isfinite(cpu.std[key])
         if known.any():
             ratio = gpu.std[key][known] / cpu.std[key][known]

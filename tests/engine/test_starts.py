@@ -112,15 +112,16 @@ def test_starts_are_the_best_of_each_region_over_all_linear_parameters(name, opt
 
 @CASES
 def test_starts_do_not_depend_on_precision_or_neighbours(name, options):
-    kernel, voxels = problem(name, 300, True, dtype=torch.float32, **options)
+    kernel, voxels = problem(name, 3000, True, dtype=torch.float32, **options)
     dictionary = build_dictionary(kernel, 512, 3, 0)
     together = find_starts(kernel, voxels, dictionary)
     alone = find_starts(kernel, voxels.take(slice(100, 107)), dictionary)
     assert torch.equal(together[..., 100:107], alone)
-    double, exact = problem(name, 300, True, **options)
+    double, exact = problem(name, 3000, True, **options)
     expected = find_starts(double, exact, build_dictionary(double, 512, 3, 0))
+    same = (together - expected).abs().amax((0, 1)) < 1e-3
+    assert float(same.double().mean()) > 0.95  # others have two entries that are as good
     power = (exact.weight * exact.data**2).sum(0)
-    # Not the places: two entries, or mixtures of ill-conditioned signals, may be as good.
     worse = torch.stack(
         [
             (double.sums(one.double(), exact)[0] - double.sums(other, exact)[0]) / power

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
-from bids_gacelle.engine.kernels import Kernel, Voxels
+from bids_gacelle.engine.kernels import Kernel, Voxels, span
 from bids_gacelle.engine.solvers.base import (
     Ends,
     Problem,
@@ -335,8 +335,8 @@ class Transform:
 def _in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """Apply a function to (rows, n) in chunks of one shape, lest the rounding depend on n."""
     n, size = rows.shape[1], chunk_size(rows.device)
-    index = torch.arange(-(-n // size) * size, device=rows.device).clamp_max(n - 1)
-    return torch.cat([function(rows[:, part]) for part in index.split(size)], 1)[:, :n]
+    parts = [function(span(rows, begin, size)) for begin in range(0, n, size)]
+    return torch.cat(parts, 1)[:, :n]
 
 
 class Watch(NamedTuple):

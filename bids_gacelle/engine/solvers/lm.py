@@ -1,9 +1,9 @@
 """Batched Levenberg-Marquardt: own damping, bounds, stop and retirement for every voxel.
 
 Marquardt (1963) scaling, Nielsen's (1999) gain-ratio damping, whose factor after a failed step
-begins at 3 here, not 2, bounds by an active set. Voxels are
-worked on in lanes; when a lane has finished it is refilled with the next voxel, so that the work
-does not depend on the slowest voxel of a batch, and a result not on the neighbours of a voxel.
+begins at 3 here, not 2, bounds by an active set. Voxels are worked on in lanes; when a lane has
+finished it is refilled with the next voxel, so that the work does not depend on the slowest voxel
+of a batch, and a result not on the neighbours of a voxel.
 """
 
 from __future__ import annotations

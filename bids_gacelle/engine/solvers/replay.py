@@ -106,8 +106,7 @@ class Replay(Generic[State]):
 
     def __init__(self, advance: Callable[[State, Voxels], State], kernel: Kernel) -> None:
         self.advance, self.kernel = advance, kernel
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.recorded: tuple[State, Voxels] | None = None
+        self.recorded: tuple[State, Voxels, torch.cuda.CUDAGraph] | None = None
         self.called = False
 
     def __call__(self, state: State, voxels: Voxels) -> State:
@@ -127,17 +126,16 @@ class Replay(Generic[State]):
             return self.advance(state, voxels)
         known = self.recorded
         if known is None or known[0] is not state or known[1] is not voxels:
-            self.recorded = None
+            known = self.recorded = None
             try:
                 with _recording:  # no thread can empty a cache while another one records
-                    self.graph = self._record(state, voxels)
+                    known = state, voxels, self._record(state, voxels)
             except RuntimeError as error:
                 logger.debug("Iterations are not recorded: %s", error)
                 kernel.recordable = False
                 return self.advance(state, voxels)
-            self.recorded = (state, voxels)
-        assert self.graph is not None
-        self.graph.replay()
+            self.recorded = known
+        known[2].replay()
         return state
 
     def _record(self, state: State, voxels: Voxels) -> torch.cuda.CUDAGraph:
