@@ -60,10 +60,10 @@ def run_case(case, sizes):
     device = torch.device("cuda")
     data, usable = case.data()
     host = data[:, usable].astype(np.float32)
-    scaled = torch.tensor(host / np.abs(host).max(0), device=device)
     kernel = Kernel(case.model, Objective(), torch.float32, device)
     exact = Kernel(case.model, Objective(), torch.float64, device)
-    voxels = Voxels(scaled)
+    scale = 1 if kernel.amplitude is None else np.abs(host).max(0)  # as in `fit`
+    voxels = Voxels(torch.tensor(host / scale, device=device))
     row = {"model": case.name, "snr": case.snr, "voxels": host.shape[1]}
     with torch.no_grad():
         for lanes in sizes:
@@ -91,7 +91,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--voxels", type=int, default=250_000)
     parser.add_argument("--models", nargs="+", default=["nexi", "nexi2", "axcalibersmt", "r2star"])
-    parser.add_argument("--lanes", type=int, nargs="+", default=[1 << 16])
+    parser.add_argument("--lanes", type=int, nargs="+", default=[1 << 15])
     arguments = parser.parse_args()
     rows = []
     for case in cases(arguments.voxels, arguments.models):

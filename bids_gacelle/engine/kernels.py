@@ -162,7 +162,7 @@ def unpack(triangle: Tensor) -> Tensor:
 
 
 class Recording(NamedTuple):
-    """Iterations that a GPU recorded, and the stream it did so on."""
+    """What a GPU recorded, and the stream it did so on."""
 
     graph: torch.cuda.CUDAGraph
     stream: torch.cuda.Stream
@@ -187,9 +187,9 @@ class Kernel:
     amplitude
         Index of the amplitude parameter, or None.
     recording
-        What a GPU recorded last of a solver's iterations; the next recording works in its memory.
+        What a GPU recorded last of a solver's work; the next recording works in its memory.
     recordable
-        Whether they can be recorded; None: nobody has tried.
+        Whether that can be recorded, by name; None: called once.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class Kernel:
         self.averages = self._averages()
         self.compiled: dict[str, Compiled] = {}
         self.recording: Recording | None = None
-        self.recordable: bool | None = None
+        self.recordable: dict[str, bool | None] = {}
 
     def _averages(self) -> Tensor | None:
         """Return how many magnitudes each measurement averages, (measurements, 1).

@@ -46,16 +46,22 @@ class Footprint:
         Per voxel of those that a solver works on at once.
     start
         For finding starts, whatever the size of a block.
+    recorded
+        Per voxel of those worked on at once, for what a GPU repeats by itself; 0: it does not.
     """
 
     loaded: int
     held: int
     lane: int
     start: int
+    recorded: int = 0
 
     def fixed(self, lanes: int) -> int:
         """Return the bytes that do not depend on the size of a block."""
-        return int(_SLACK * max(self.start, lanes * self.lane)) + _FIXED
+        working = max(self.start, lanes * self.lane)
+        if self.recorded:  # in memory of its own
+            working += max(self.start, lanes * self.recorded)
+        return int(_SLACK * working) + _FIXED
 
     def voxel(self, *, ahead: bool) -> int:
         """Return bytes per voxel; `ahead`: a block is read while another one is fitted."""
@@ -96,13 +102,12 @@ def footprint(
     lane = 3 * item * solver.kept(p) + item * numbers + intermediate
     # The assessment of the same number of voxels is in double precision.
     lane *= 2 if item < _DOUBLE else 1
-    if kernel.device.type == "cuda":
-        lane += stages * intermediate  # of recorded iterations
     return Footprint(
         loaded=study.row_bytes + prepared + _DOUBLE * m,
         held=prepared + max(converted + ends, solution + results),
         lane=lane,
         start=starts_at_once(kernel) * (scored + 2 * item * numbers),
+        recorded=stages * intermediate if kernel.device.type == "cuda" else 0,
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import Kernel, Voxels, packed, span
+from bids_gacelle.engine.replay import Replay, on_gpu
 from bids_gacelle.engine.simplex import MOST_SIGNALS, Mixing, best_weights, lowest_cost
 
 # Voxels are worked on in chunks of one fixed size: a matrix product may round differently when its
@@ -157,11 +159,49 @@ def find_starts(
     choose = _best_mixture if kernel.model.linear else _best_entry
     if compiled:
         choose = kernel.compile("starts", choose)
+
+    def starts_of(part: Voxels) -> Tensor:
+        return _chunk_starts(kernel, part, dictionary, choose)
+
     n, size = voxels.data.shape[-1], starts_at_once(kernel)
-    chunks = []
-    for begin in range(0, n, size):
-        chunks.append(_chunk_starts(kernel, voxels.span(begin, size), dictionary, choose))
-    return torch.cat(chunks, -1)[..., :n]
+    parts = (voxels.span(begin, size) for begin in range(0, n, size))
+    # Whether a guess is good is looked at.
+    guessed = _guess(kernel, voxels.take(slice(0, 1))) is not None
+    if on_gpu(voxels.data) and n > size and not guessed:
+        found = _replayed(kernel, starts_of, parts)
+    else:
+        found = [starts_of(part) for part in parts]
+    return torch.cat(found, -1)[..., :n]
+
+
+class _Chunk(NamedTuple):
+    """Voxels, and the starts found for them."""
+
+    voxels: Voxels
+    starts: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.voxels.tensors(), self.starts]
+
+
+def _replayed(
+    kernel: Kernel, starts_of: Callable[[Voxels], Tensor], parts: Iterable[Voxels]
+) -> list[Tensor]:
+    """Return the starts of parts of one size, found in the same tensors over and over."""
+
+    def search(chunk: _Chunk) -> _Chunk:
+        return chunk._replace(starts=starts_of(chunk.voxels))
+
+    replay, parts = Replay(search, "starts", kernel), iter(parts)
+    first = next(parts)
+    found = [starts_of(first)]
+    chunk = _Chunk(first.map(Tensor.clone), found[0].clone())
+    for part in parts:
+        for old, new in zip(chunk.voxels.tensors(), part.tensors(), strict=True):
+            old.copy_(new)
+        chunk = replay(chunk)
+        found.append(chunk.starts.clone())
+    return found
 
 
 def _chunk_starts(

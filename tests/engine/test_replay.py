@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from bids_gacelle.engine import fit
+from bids_gacelle.engine import fit, starts
+from bids_gacelle.engine.replay import Rehearsal, Replay, is_recorded
 from bids_gacelle.engine.solvers import lanes
-from bids_gacelle.engine.solvers.replay import Rehearsal, Replay, is_recorded
 
 from .helpers import ALL_MODELS, draw, draw_inputs, make_model, noisy
 
@@ -17,11 +17,13 @@ X = torch.linspace(-1, 1, 8)
 
 
 class Recorded:
-    """Stands for a CUDA graph: does the iteration in the tensors it was recorded with."""
+    """Stands for a CUDA graph: does the work in the tensors it was recorded with."""
 
-    def __init__(self, replay, state, voxels):
+    def __init__(self, replay, work):
         self.replay = lambda: [
-            old.copy_(new) for old, new in zip(state, replay.advance(state, voxels), strict=True)
+            old.copy_(new)
+            for old, new in zip(work.tensors(), replay.function(work).tensors(), strict=True)
+            if new is not old
         ]
 
 
@@ -53,58 +55,65 @@ def test_what_looks_at_values_is_found_before_it_is_recorded(operation, looks):
 def test_the_iterations_of_all_models_can_be_recorded_without_a_change(
     solver, name, chosen, monkeypatch
 ):
-    model, n = make_model(name, **chosen), 300
+    model, n = make_model(name, **chosen), 900
     inputs = draw_inputs(model, n, 2)
     data = noisy(model, draw(model, n, 1), 0.01, 3, inputs)
-    options = {"max_evaluations": 12, "lanes": 256} if solver == "lm" else {"iterations": 30}
+    options = {"lanes": 256, "max_evaluations" if solver == "lm" else "iterations": 30}
     told = {"inputs": {k: v.numpy() for k, v in inputs.items()}, "starts": 1}
     told |= {"solver": solver, "options": options}
+    monkeypatch.setattr(starts, "starts_at_once", lambda kernel: 256)
     plain = fit(model, data, **told)
-    seen = []
+    seen = {}
 
     class Always(Replay):
-        def __call__(self, state, voxels):
-            seen.append(self.kernel.recordable)
-            return super().__call__(state, voxels)
+        def __call__(self, work):
+            seen[self.name] = self.kernel.recordable.get(self.name)
+            return super().__call__(work)
 
     monkeypatch.setattr(Replay, "_record", lambda *given: Recorded(*given))
-    monkeypatch.setattr(lanes, "Replay", Always)
-    monkeypatch.setattr(lanes, "on_gpu", lambda starts: True)
+    for module in (starts, lanes):
+        monkeypatch.setattr(module, "Replay", Always)
+        monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
     replayed = fit(model, data, **told)
-    assert seen[-1]
+    assert seen["advance"] and seen["refill"]
+    guessed = model.guess(torch.as_tensor(data), inputs) is not None
+    assert guessed or seen["starts"]
     for key in plain.maps:
         np.testing.assert_array_equal(replayed.maps[key], plain.maps[key])
     np.testing.assert_array_equal(replayed.flags, plain.flags)
 
 
-class State(NamedTuple):
+class Work(NamedTuple):
     """One number per lane."""
 
     x: torch.Tensor
 
+    def tensors(self):
+        return [self.x]
+
 
 def test_other_tensors_are_recorded_anew_and_a_failure_ends_recording(monkeypatch):
-    kernel = SimpleNamespace(recordable=None, runs_compiled=False)
+    kernel = SimpleNamespace(recordable={}, runs_compiled=False)
     records = []
 
-    def record(self, state, voxels):
-        records.append(state)
+    def record(self, work):
+        records.append(work)
         if len(records) == 3:
             raise RuntimeError("out of memory")
-        return Recorded(self, state, voxels)
+        return Recorded(self, work)
 
     monkeypatch.setattr(Replay, "_record", record)
-    replay = Replay(lambda state, voxels: State(state.x * 2), kernel)
-    state = State(torch.ones(3))
+    replay = Replay(lambda work: Work(work.x * 2), "double", kernel)
+    work = Work(torch.ones(3))
     for _ in range(5):
-        state = replay(state, None)
+        work = replay(work)
     assert len(records) == 1
-    assert state.x.tolist() == [32.0] * 3
-    state = replay(State(state.x[:2].clone()), None)
+    assert work.x.tolist() == [32.0] * 3
+    work = replay(Work(work.x[:2].clone()))
     assert len(records) == 2
-    state = replay(State(state.x[:1].clone()), None)
-    assert not kernel.recordable
-    assert replay(state, None).x.tolist() == [256.0]
+    work = replay(Work(work.x[:1].clone()))
+    assert kernel.recordable == {"double": False}
+    assert replay(work).x.tolist() == [256.0]
 
 
 @pytest.mark.cuda

@@ -194,7 +194,7 @@ def default_lanes(kernel: Kernel, compiled: bool) -> int:
     """
     if kernel.device.type != "cpu":
         # Compiled steps have one shape: the last ones take as long though few lanes are at work.
-        return 1 << 16 if compiled else 1 << 17
+        return 1 << 15 if compiled else 1 << 17
     n = len(kernel.model.parameters)
     state = kernel.model.n_measurements + n * (n + 7) // 2 + 6
     threads = min(torch.get_num_threads(), _MOST_THREADS) if compiled else 1

@@ -7,35 +7,53 @@ a voxel is in nor on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import compress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from bids_gacelle.engine.kernels import Voxels
+from bids_gacelle.engine.replay import Replay, on_gpu
 from bids_gacelle.engine.solvers.base import Ends, Problem
-from bids_gacelle.engine.solvers.replay import Replay
 
 FEWEST = 256
 _REFILL_SHARE = 0.2
-# Steps between looks at how many lanes have finished: each look makes a GPU wait for the host, and
-# compiled steps are short.
-_STEPS_CUDA, _STEPS_CUDA_COMPILED = 4, 8
+# Steps between looks at how many lanes have finished: each look makes a GPU wait for the host.
+_STEPS_COMPILED_CUDA = 4
 _LONGEST_RECORDED = 50  # iterations
 
 State = TypeVar("State", bound=Any)
 
 
-def on_gpu(tensor: Tensor) -> bool:
-    """Tell whether a tensor is where each operation has to be told to the device."""
-    return tensor.is_cuda
+class Work(NamedTuple):
+    """What lanes hold, on their last axis.
+
+    Attributes
+    ----------
+    state
+        A named tuple of tensors, one of them `running`.
+    voxels
+        The data of their voxels.
+    item
+        (lanes,) which item they work on.
+    queue
+        0-d, the next item.
+    """
+
+    state: Any
+    voxels: Voxels
+    item: Tensor
+    queue: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in a fixed order."""
+        return [*self.state, *self.voxels.tensors(), self.item, self.queue]
 
 
 class Lanes(Generic[State]):
     """Feeds a queue of (start, voxel) items through lanes of a fixed, or falling, number.
 
-    A state is a named tuple of tensors with lanes on the last axis, one of them `running`.
+    Lanes for which there is no item work on the last one too.
 
     Parameters
     ----------
@@ -70,99 +88,93 @@ class Lanes(Generic[State]):
         length: int = 1,
     ) -> None:
         self.problem, self.starts, self.stale = problem, starts, stale
-        self.load, self.outcome = load, outcome
-        gpu = on_gpu(starts)
-        recorded = gpu and length <= _LONGEST_RECORDED
-        self.advance = Replay(advance, problem.kernel) if recorded else advance
+        self.load, self.step, self.outcome = load, advance, outcome
         self.n_items = starts.shape[1]
         self.n_voxels = problem.voxels.data.shape[-1]
         # A compiled step is bound to its shapes: one number of lanes for all blocks, to the end.
         self.fixed = problem.settings.compiled
+        short = on_gpu(starts) and self.fixed
+        self.steps = max(_STEPS_COMPILED_CUDA // length, 1) if short else 1
+        self.recorded = on_gpu(starts) and length <= _LONGEST_RECORDED
         lanes = most if self.fixed else min(FEWEST, most)
         while lanes < min(self.n_items, most):
             lanes *= 2
-        on_cuda = _STEPS_CUDA_COMPILED if self.fixed else _STEPS_CUDA
-        self.steps = max(on_cuda // length, 1) if gpu else 1
-        first = torch.zeros(lanes, dtype=torch.long, device=starts.device)
-        self.item = torch.full_like(first, -1)
-        self.voxels = problem.voxels.take(first)
-        fresh = load(starts[:, first], self.voxels)
-        self.state = fresh._make(tensor.contiguous() for tensor in fresh)
-        self.state.running.fill_(False)
-        self.next_item = self.n_done = 0
+        self.left = max(self.n_items - lanes, 0)
+        item = torch.arange(lanes, device=starts.device).clamp_max(self.n_items - 1)
+        first, voxels = self._take(item)
+        fresh = load(first, voxels)
+        state = fresh._make(tensor.contiguous() for tensor in fresh)
+        queue = torch.full_like(item[0], self.n_items - self.left)
+        self.work = Work(state, voxels, item, queue)
+        self.ends = Ends(
+            *(kept.new_empty(*kept.shape[:-1], self.n_items) for kept in outcome(state))
+        )
 
     def run(self) -> Ends:
         """Return where all items ended."""
-        ends = Ends(
-            *(kept.new_empty(*kept.shape[:-1], self.n_items) for kept in self.outcome(self.state))
-        )
+        advance, refill = self._advanced, self._refilled
+        if self.recorded:
+            # Not kept by these lanes, for graphs to be freed now and not amid another recording.
+            advance = Replay(advance, "advance", self.problem.kernel)
+            refill = Replay(refill, "refill", self.problem.kernel)
         while True:
-            idle = ~self.state.running
-            if int(idle.sum()) >= _REFILL_SHARE * len(idle):
-                self._flush(idle, ends)
-                self._refill(idle)
-                if self.next_item == self.n_items:
-                    n_running = int(self.state.running.sum())
-                    if n_running == 0:
-                        return ends
-                    if not self.fixed:
-                        self._shrink(n_running)
-            for _ in range(self.steps):
-                self.state = self.advance(self.state, self.voxels)
+            self.work = advance(self.work)
+            lanes = len(self.work.item)
+            n_running = int(self.work.state.running.sum())
+            n_idle = lanes - n_running
+            if self.left and n_idle >= _REFILL_SHARE * lanes:
+                self.work = refill(self.work)
+                self.left = max(self.left - n_idle, 0)
+                self.problem.report(max(self.n_items - self.left - lanes, 0) / self.n_items)
+            elif n_running == 0:
+                self._keep(self.work)
+                self.problem.report(1.0)
+                return self.ends
+            elif not self.fixed and not self.left and lanes // 2 >= max(n_running, FEWEST):
+                self._shrink(n_running)
 
-    def _flush(self, idle: Tensor, ends: Ends) -> None:
-        """Store the lanes that have finished."""
-        lanes = (idle & (self.item >= 0)).nonzero()[:, 0]
-        if len(lanes) == 0:
-            return
-        items = self.item[lanes]
-        for target, source in zip(ends, self.outcome(self.state), strict=True):
-            target.index_copy_(-1, items, source.index_select(-1, lanes))
-        self.item[lanes] = -1
-        self.n_done += len(lanes)
-        self.problem.report(self.n_done / self.n_items)
+    def _advanced(self, work: Work) -> Work:
+        state = work.state
+        for _ in range(self.steps):
+            state = self.step(state, work.voxels)
+        return work._replace(state=state)
 
-    def _refill(self, idle: Tensor) -> None:
-        """Load the next items into idle lanes."""
-        lanes = idle.nonzero()[:, 0][: self.n_items - self.next_item]
-        if len(lanes) == 0:
-            return
-        first, n = self.next_item, len(lanes)
-        self.next_item += n
-        self.item[lanes] = torch.arange(first, first + n, device=lanes.device)
-        starts, source = self._from(first, n)
-        fresh = self.load(starts, source)
-        renewed = [name not in self.stale for name in self.state._fields]
-        targets = (*compress(self.state, renewed), *self.voxels.tensors())
-        new = (*compress(fresh, renewed), *source.tensors())
-        for old, value in zip(targets, new, strict=True):
-            old.index_copy_(-1, lanes, value[..., :n])
+    def _refilled(self, work: Work) -> Work:
+        """Return the work with the next items in idle lanes, having kept where theirs ended.
 
-    def _from(self, first: int, n: int) -> tuple[Tensor, Voxels]:
-        """Return starts and voxels of `n` items, and more of them to be as many as lanes.
-
-        Sums may round differently when shapes change.
+        All lanes are written, so that nothing depends on how many of them are idle.
         """
-        size, voxel = len(self.item), first % self.n_voxels
-        if voxel + size <= self.n_voxels:  # nothing to be copied
-            return self.starts[:, first : first + size], self.problem.voxels.take(
-                slice(voxel, voxel + size)
-            )
-        items = torch.arange(first, first + size, device=self.item.device)
-        items = items.clamp_max(first + n - 1)
-        starts = self.starts.index_select(-1, items)
-        return starts, self.problem.voxels.take(items % self.n_voxels)
+        self._keep(work)
+        idle = ~work.state.running
+        place = work.queue + idle.cumsum(0) - 1
+        renewed = idle & (place < self.n_items)
+        item = torch.where(renewed, place, work.item)
+        start, voxels = self._take(item)
+        state = work.state
+        changed = {
+            name: torch.where(renewed, new, getattr(state, name))
+            for name, new in self.load(start, voxels)._asdict().items()
+            if name not in self.stale
+        }
+        return Work(state._replace(**changed), voxels, item, work.queue + renewed.sum())
+
+    def _keep(self, work: Work) -> None:
+        """Store where items are; those still worked on are stored again later."""
+        for kept, now in zip(self.ends, self.outcome(work.state), strict=True):
+            kept.index_copy_(-1, work.item, now)
+
+    def _take(self, item: Tensor) -> tuple[Tensor, Voxels]:
+        """Return starts and voxels of items."""
+        voxel = item if self.n_items == self.n_voxels else item % self.n_voxels
+        return self.starts.index_select(-1, item), self.problem.voxels.take(voxel)
 
     def _shrink(self, n_running: int) -> None:
         """Drop idle lanes once the queue is empty; their number is halved and halved again."""
-        lanes = len(self.item)
-        while lanes > FEWEST and n_running <= lanes // 2:
+        self._keep(self.work)
+        state, voxels, item, queue = self.work
+        lanes = len(item)
+        while lanes // 2 >= max(n_running, FEWEST):
             lanes //= 2
-        if lanes < len(self.item):
-            index = torch.argsort(~self.state.running, stable=True)[:lanes]
-            self.item = self.item[index]
-            self.state = self._take(index)
-            self.voxels = self.voxels.take(index)
-
-    def _take(self, index: Tensor) -> State:
-        return self.state._make(tensor.index_select(-1, index) for tensor in self.state)
+        index = torch.argsort(~state.running, stable=True)[:lanes]
+        state = state._make(tensor.index_select(-1, index) for tensor in state)
+        self.work = Work(state, voxels.take(index), item[index], queue)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.kernels import Kernel, Voxels, packed
+from bids_gacelle.engine.replay import is_recorded
 from bids_gacelle.engine.solvers.base import (
     Ends,
     Problem,
@@ -28,7 +29,6 @@ from bids_gacelle.engine.solvers.base import (
     within,
 )
 from bids_gacelle.engine.solvers.lanes import Lanes
-from bids_gacelle.engine.solvers.replay import is_recorded
 from bids_gacelle.engine.starts import build_dictionary, find_starts
 
 # Damping at the start, and what the first of several failed steps multiplies it by.

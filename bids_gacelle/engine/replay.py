@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bids_gacelle.engine.kernels import Kernel, Recording, Voxels
+from bids_gacelle.engine.kernels import Kernel, Recording
 
 logger = logging.getLogger(__name__)
-
-State = TypeVar("State", bound=Any)
 
 _rehearsal = threading.local()
 _recording = threading.Lock()
@@ -34,6 +32,11 @@ _LOOKS = frozenset(
         "unique_dim",
     )
 )
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Tell whether a tensor is where each operation has to be told to the device."""
+    return tensor.is_cuda
 
 
 def is_recorded(like: Tensor) -> bool:
@@ -87,59 +90,68 @@ class Rehearsal(TorchDispatchMode):
         return out
 
 
-class Replay(Generic[State]):
-    """An iteration of all lanes, recorded as a CUDA graph where it is called again.
+class Held(Protocol):
+    """What is worked on: a number of tensors."""
 
-    Telling a GPU to do a small operation takes longer than doing it. A recorded iteration reads
-    and writes the tensors it was recorded with, so that they may be filled anew but not replaced;
-    with others it is recorded again. The first call is made as it is: it compiles, and fills
-    caches of constants.
+    def tensors(self) -> list[Tensor]:
+        """Return all of them, in a fixed order."""
+
+
+Work = TypeVar("Work", bound=Held)
+
+
+class Replay(Generic[Work]):
+    """A function from tensors to what takes their place, recorded as a CUDA graph.
+
+    Telling a GPU to do a small operation takes longer than doing it. A recorded function reads
+    and writes the tensors it was recorded with; with others it is recorded again. The first call
+    for a kernel is made as it is: it compiles, and fills caches of constants.
 
     Parameters
     ----------
-    advance
-        From states, a named tuple of tensors, and voxels to the states an iteration later. One
-        that looks at values cannot be recorded and is called as it is.
+    function
+        One that looks at values cannot be recorded and is called as it is.
+    name
+        What the kernel knows it by.
     kernel
-        Keeps what was recorded last, and whether its iterations can be, from block to block.
+        Keeps what was recorded last, and what can be, from block to block.
     """
 
-    def __init__(self, advance: Callable[[State, Voxels], State], kernel: Kernel) -> None:
-        self.advance, self.kernel = advance, kernel
-        self.recorded: tuple[State, Voxels, torch.cuda.CUDAGraph] | None = None
-        self.called = False
+    def __init__(self, function: Callable[[Work], Work], name: str, kernel: Kernel) -> None:
+        self.function, self.name, self.kernel = function, name, kernel
+        self.recorded: tuple[Work, torch.cuda.CUDAGraph] | None = None
 
-    def __call__(self, state: State, voxels: Voxels) -> State:
-        """Return the states an iteration later, once recorded in the same tensors."""
-        kernel = self.kernel
-        if not self.called:
-            self.called = True
-            return self.advance(state, voxels)
-        if kernel.recordable is None:
-            if not kernel.runs_compiled:
+    def __call__(self, work: Work) -> Work:
+        """Return what follows, once recorded in the same tensors."""
+        recordable = self.kernel.recordable
+        if self.name not in recordable:
+            recordable[self.name] = None
+            return self.function(work)
+        if recordable[self.name] is None:
+            recordable[self.name] = True  # one that looks at values does not compile
+            if not self.kernel.runs_compiled:
                 with Rehearsal() as rehearsal:
-                    state = self.advance(state, voxels)
-                kernel.recordable = not rehearsal.looked
-                return state
-            kernel.recordable = True  # one that looks at values does not compile
-        if not kernel.recordable:
-            return self.advance(state, voxels)
+                    work = self.function(work)
+                recordable[self.name] = not rehearsal.looked
+                return work
+        if not recordable[self.name]:
+            return self.function(work)
         known = self.recorded
-        if known is None or known[0] is not state or known[1] is not voxels:
+        if known is None or known[0] is not work:
             known = self.recorded = None
             try:
                 with _recording:  # no thread can empty a cache while another one records
-                    known = state, voxels, self._record(state, voxels)
+                    known = work, self._record(work)
             except RuntimeError as error:
-                logger.debug("Iterations are not recorded: %s", error)
-                kernel.recordable = False
-                return self.advance(state, voxels)
+                logger.debug("%s is not recorded: %s", self.name, error)
+                recordable[self.name] = False
+                return self.function(work)
             self.recorded = known
-        known[2].replay()
-        return state
+        known[1].replay()
+        return work
 
-    def _record(self, state: State, voxels: Voxels) -> torch.cuda.CUDAGraph:
-        """Return the graph of an iteration that leaves its result where the states were."""
+    def _record(self, work: Work) -> torch.cuda.CUDAGraph:
+        """Return the graph of a call that leaves its result where the work was."""
         device, last = self.kernel.device, self.kernel.recording
         graph, pool = torch.cuda.CUDAGraph(), None
         if last is None:
@@ -155,7 +167,8 @@ class Replay(Generic[State]):
             # Threads of other devices, and those that copy, go on meanwhile.
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
-                for old, new in zip(state, self.advance(state, voxels), strict=True):
+                following = self.function(work).tensors()
+                for old, new in zip(work.tensors(), following, strict=True):
                     if new is not old:
                         old.copy_(new)
             finally:
