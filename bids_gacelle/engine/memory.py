@@ -99,7 +99,7 @@ def footprint(
         copies = _COPIES_CLOSED[_signals(kernel)][study.arrays > 1]
         scored = item * min(settings.dictionary, TILE) * copies
     intermediate = _probe(kernel, study)
-    lane = 3 * item * solver.kept(p) + item * numbers + intermediate
+    lane = item * (3 * solver.kept(p) + 2 * numbers) + intermediate
     # The assessment of the same number of voxels is in double precision.
     lane *= 2 if item < _DOUBLE else 1
     return Footprint(

@@ -75,9 +75,9 @@ def test_the_iterations_of_all_models_can_be_recorded_without_a_change(
         monkeypatch.setattr(module, "Replay", Always)
         monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
     replayed = fit(model, data, **told)
-    assert seen["advance"] and seen["refill"]
-    guessed = model.guess(torch.as_tensor(data), inputs) is not None
-    assert guessed or seen["starts"]
+    if model.guess(torch.as_tensor(data), inputs) is None:
+        assert seen.pop("starts")
+    assert seen == {"advance": True, "refill": True}
     for key in plain.maps:
         np.testing.assert_array_equal(replayed.maps[key], plain.maps[key])
     np.testing.assert_array_equal(replayed.flags, plain.flags)

@@ -16,7 +16,10 @@ from bids_gacelle.engine.kernels import Voxels
 from bids_gacelle.engine.replay import Replay, on_gpu
 from bids_gacelle.engine.solvers.base import Ends, Problem
 
-FEWEST = 256
+# A fit that told nothing for longer could not be followed, or interrupted.
+_TOLD_SHARE = 0.02
+# Fewer lanes take as long.
+_FEWEST, _FEWEST_CUDA = 256, 4096
 _REFILL_SHARE = 0.2
 # Steps between looks at how many lanes have finished: each look makes a GPU wait for the host.
 _STEPS_COMPILED_CUDA = 4
@@ -96,10 +99,11 @@ class Lanes(Generic[State]):
         short = on_gpu(starts) and self.fixed
         self.steps = max(_STEPS_COMPILED_CUDA // length, 1) if short else 1
         self.recorded = on_gpu(starts) and length <= _LONGEST_RECORDED
-        lanes = most if self.fixed else min(FEWEST, most)
+        self.fewest = _FEWEST_CUDA if on_gpu(starts) else _FEWEST
+        lanes = most if self.fixed else min(self.fewest, most)
         while lanes < min(self.n_items, most):
             lanes *= 2
-        self.left = max(self.n_items - lanes, 0)
+        self.left, self.told = max(self.n_items - lanes, 0), 0.0
         item = torch.arange(lanes, device=starts.device).clamp_max(self.n_items - 1)
         first, voxels = self._take(item)
         fresh = load(first, voxels)
@@ -122,16 +126,22 @@ class Lanes(Generic[State]):
             lanes = len(self.work.item)
             n_running = int(self.work.state.running.sum())
             n_idle = lanes - n_running
+            self._tell(n_running)
             if self.left and n_idle >= _REFILL_SHARE * lanes:
                 self.work = refill(self.work)
                 self.left = max(self.left - n_idle, 0)
-                self.problem.report(max(self.n_items - self.left - lanes, 0) / self.n_items)
             elif n_running == 0:
                 self._keep(self.work)
-                self.problem.report(1.0)
                 return self.ends
-            elif not self.fixed and not self.left and lanes // 2 >= max(n_running, FEWEST):
+            elif not self.fixed and not self.left and lanes // 2 >= max(n_running, self.fewest):
                 self._shrink(n_running)
+
+    def _tell(self, n_running: int) -> None:
+        """Report how much is done, when that has grown, and at the end."""
+        share = max(self.n_items - self.left - n_running, 0) / self.n_items
+        if share >= min(self.told + _TOLD_SHARE, 1):
+            self.told = share
+            self.problem.report(share)
 
     def _advanced(self, work: Work) -> Work:
         state = work.state
@@ -173,7 +183,7 @@ class Lanes(Generic[State]):
         self._keep(self.work)
         state, voxels, item, queue = self.work
         lanes = len(item)
-        while lanes // 2 >= max(n_running, FEWEST):
+        while lanes // 2 >= max(n_running, self.fewest):
             lanes //= 2
         index = torch.argsort(~state.running, stable=True)[:lanes]
         state = state._make(tensor.index_select(-1, index) for tensor in state)
