@@ -30,7 +30,7 @@ from bids_gacelle.engine.blocks import (
 from bids_gacelle.engine.device import resolve_devices
 from bids_gacelle.engine.errors import EngineError, FitInterrupted
 from bids_gacelle.engine.kernels import Kernel, Voxels, compile_wanted
-from bids_gacelle.engine.memory import Watch, footprint
+from bids_gacelle.engine.memory import Watch, footprint, return_freed_memory
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.noise import complete
 from bids_gacelle.engine.objective import (
@@ -234,6 +234,8 @@ def fit(
     with torch.no_grad(), _full_float32():
         fitters = [_Fitter(model, objective, run, dtype, place, tuning) for place in places]
         plan = _plan(fitters, study, memory_limit, block_size, spatial)
+        if memory_limit is not None:
+            return_freed_memory()
         logger.info("%s: %s on %s.", model.name, plan, settings["device"])
         watch = Watch(places)
         trace, stopped = _fit_all(fitters, study, maps, plan, watch, progress, spatial)

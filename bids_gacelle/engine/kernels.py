@@ -161,13 +161,6 @@ def unpack(triangle: Tensor) -> Tensor:
     return triangle[index].reshape(n, n, *triangle.shape[1:])
 
 
-class Recording(NamedTuple):
-    """What a GPU recorded, and the stream it did so on."""
-
-    graph: torch.cuda.CUDAGraph
-    stream: torch.cuda.Stream
-
-
 class Kernel:
     """A model on one device in one precision, in the coordinates solvers work in.
 
@@ -189,7 +182,7 @@ class Kernel:
     recording
         What a GPU recorded last of a solver's work; the next recording works in its memory.
     recordable
-        Whether that can be recorded, by name; None: called once.
+        Whether that can be recorded, by name; None: not known yet, called once.
     """
 
     def __init__(
@@ -222,7 +215,7 @@ class Kernel:
         self.width = self._column([high - low for low, high in coordinates])
         self.averages = self._averages()
         self.compiled: dict[str, Compiled] = {}
-        self.recording: Recording | None = None
+        self.recording: torch.cuda.CUDAGraph | None = None
         self.recordable: dict[str, bool | None] = {}
 
     def _averages(self) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -30,6 +31,21 @@ _COPIES_OF_TILE, _COPIES_CLOSED = 4, {2: (8, 10), 3: (15, 29), 4: (19, 50)}
 _SLACK = 1.2
 # Work space of numerical libraries, code that is loaded at its first use.
 _FIXED = 16 * 2**20
+
+
+# Of mallopt, and the size in question: arrays of a block, not those of a solver's lanes.
+_M_MMAP_THRESHOLD, _LARGE = -3, 2**20
+
+
+def return_freed_memory() -> None:
+    """Have the C library return large arrays to the system at once when they are freed.
+
+    glibc keeps ever larger ones for later, up to 32 MiB each, which no plan foresees.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 @dataclass(frozen=True)

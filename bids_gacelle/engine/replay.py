@@ -1,7 +1,8 @@
-"""Iterations that a GPU repeats by itself, without being told each of their operations again."""
+"""Work that a GPU repeats by itself, without being told each of its operations again."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bids_gacelle.engine.kernels import Kernel, Recording
+from bids_gacelle.engine.kernels import Kernel
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,15 @@ class Rehearsal(TorchDispatchMode):
         return out
 
 
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all recordings: memory is used again on the same stream only.
+
+    It has another priority than streams that copy, as torch gives out the same few over again.
+    """
+    return torch.cuda.Stream(device, priority=-1)
+
+
 class Held(Protocol):
     """What is worked on: a number of tensors."""
 
@@ -97,10 +107,10 @@ class Held(Protocol):
         """Return all of them, in a fixed order."""
 
 
-Work = TypeVar("Work", bound=Held)
+T = TypeVar("T", bound=Held)
 
 
-class Replay(Generic[Work]):
+class Replay(Generic[T]):
     """A function from tensors to what takes their place, recorded as a CUDA graph.
 
     Telling a GPU to do a small operation takes longer than doing it. A recorded function reads
@@ -117,11 +127,11 @@ class Replay(Generic[Work]):
         Keeps what was recorded last, and what can be, from block to block.
     """
 
-    def __init__(self, function: Callable[[Work], Work], name: str, kernel: Kernel) -> None:
+    def __init__(self, function: Callable[[T], T], name: str, kernel: Kernel) -> None:
         self.function, self.name, self.kernel = function, name, kernel
-        self.recorded: tuple[Work, torch.cuda.CUDAGraph] | None = None
+        self.recorded: tuple[T, torch.cuda.CUDAGraph] | None = None
 
-    def __call__(self, work: Work) -> Work:
+    def __call__(self, work: T) -> T:
         """Return what follows, once recorded in the same tensors."""
         recordable = self.kernel.recordable
         if self.name not in recordable:
@@ -150,21 +160,17 @@ class Replay(Generic[Work]):
         known[1].replay()
         return work
 
-    def _record(self, work: Work) -> torch.cuda.CUDAGraph:
+    def _record(self, work: T) -> torch.cuda.CUDAGraph:
         """Return the graph of a call that leaves its result where the work was."""
         device, last = self.kernel.device, self.kernel.recording
-        graph, pool = torch.cuda.CUDAGraph(), None
+        graph, stream = torch.cuda.CUDAGraph(), _recording_stream(device)
         if last is None:
-            # Of another priority than streams that copy: torch gives out the same few over again.
-            # All recordings on one stream, as memory is used again on the same stream only.
-            stream = torch.cuda.Stream(device, priority=-1)
             torch.cuda.empty_cache()  # not possible while something is being recorded
-        else:
-            stream, pool = last.stream, last.graph.pool()
         now = torch.cuda.current_stream(device)
         stream.wait_stream(now)
         with torch.cuda.device(device), torch.cuda.stream(stream):
             # Threads of other devices, and those that copy, go on meanwhile.
+            pool = None if last is None else last.pool()
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 following = self.function(work).tensors()
@@ -174,5 +180,5 @@ class Replay(Generic[Work]):
             finally:
                 graph.capture_end()
         now.wait_stream(stream)
-        self.kernel.recording = Recording(graph, stream)
+        self.kernel.recording = graph
         return graph

@@ -165,9 +165,7 @@ def find_starts(
 
     n, size = voxels.data.shape[-1], starts_at_once(kernel)
     parts = (voxels.span(begin, size) for begin in range(0, n, size))
-    # Whether a guess is good is looked at.
-    guessed = _guess(kernel, voxels.take(slice(0, 1))) is not None
-    if on_gpu(voxels.data) and n > size and not guessed:
+    if on_gpu(voxels.data) and n > size and _is_repeatable(kernel, voxels, compiled):
         found = _replayed(kernel, starts_of, parts)
     else:
         found = [starts_of(part) for part in parts]
@@ -182,6 +180,15 @@ class _Chunk(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         return [*self.voxels.tensors(), self.starts]
+
+
+def _is_repeatable(kernel: Kernel, voxels: Voxels, compiled: bool) -> bool:
+    """Tell whether the search may be recorded: whether a guess is good is looked at.
+
+    What is compiled is not rehearsed, and how a model takes apart its mixtures is not compiled.
+    """
+    guessed = _guess(kernel, voxels.take(slice(0, 1))) is not None
+    return not guessed and not (compiled and kernel.model.linear)
 
 
 def _replayed(

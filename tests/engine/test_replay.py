@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from bids_gacelle.engine import fit, starts
+from bids_gacelle.engine import Parameter, fit, starts
 from bids_gacelle.engine.replay import Rehearsal, Replay, is_recorded
 from bids_gacelle.engine.solvers import lanes
 
-from .helpers import ALL_MODELS, draw, draw_inputs, make_model, noisy
+from .helpers import ALL_MODELS, Line, draw, draw_inputs, make_model, noisy
 
 X = torch.linspace(-1, 1, 8)
 
@@ -81,6 +81,34 @@ def test_the_iterations_of_all_models_can_be_recorded_without_a_change(
     for key in plain.maps:
         np.testing.assert_array_equal(replayed.maps[key], plain.maps[key])
     np.testing.assert_array_equal(replayed.flags, plain.flags)
+
+
+class Bend(Line):
+    """One parameter, for which many steps fail."""
+
+    name = "bend"
+    derived = ()
+    parameters = (Parameter("r", "1/s", "Rate", bounds=(0.01, 10.0), start=(0.1, 1.0)),)
+
+    def signal(self, params, inputs=None):
+        time = self.table("time", self.scheme.echo_time, params["r"])
+        return torch.atan(5 * (params["r"] - 3) * time)
+
+    def derive(self, params):
+        return {}
+
+
+def test_gradient_and_hessian_of_one_parameter_do_not_share_memory(monkeypatch):
+    model, n = Bend.of(np.linspace(0.1, 2, 8)), 900
+    truth = torch.as_tensor(np.random.default_rng(0).uniform(2.5, 3.5, n))
+    data = noisy(model, {"r": truth}, 0.01, 1)
+    options = {"lanes": 256, "dictionary": 1}
+    told = {"block_size": 300, "starts": 1, "options": options}
+    plain = fit(model, data, **told).maps["r"]
+    np.testing.assert_allclose(plain, truth, atol=0.05)
+    monkeypatch.setattr(Replay, "_record", lambda *given: Recorded(*given))
+    monkeypatch.setattr(lanes, "on_gpu", lambda tensor: True)
+    np.testing.assert_array_equal(fit(model, data, **told).maps["r"], plain)
 
 
 class Work(NamedTuple):

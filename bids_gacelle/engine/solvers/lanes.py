@@ -16,14 +16,15 @@ from bids_gacelle.engine.kernels import Voxels
 from bids_gacelle.engine.replay import Replay, on_gpu
 from bids_gacelle.engine.solvers.base import Ends, Problem
 
-# A fit that told nothing for longer could not be followed, or interrupted.
+# Progress is told, and an interruption noticed, whenever so many more items have ended.
 _TOLD_SHARE = 0.02
-# Fewer lanes take as long.
+# A step of fewer lanes takes as long.
 _FEWEST, _FEWEST_CUDA = 256, 4096
 _REFILL_SHARE = 0.2
 # Steps between looks at how many lanes have finished: each look makes a GPU wait for the host.
-_STEPS_COMPILED_CUDA = 4
-_LONGEST_RECORDED = 50  # iterations
+_STEPS_CUDA = 4
+# Iterations. Recording takes as long as telling them once.
+_LONGEST_RECORDED = 50
 
 State = TypeVar("State", bound=Any)
 
@@ -38,7 +39,7 @@ class Work(NamedTuple):
     voxels
         The data of their voxels.
     item
-        (lanes,) which item they work on.
+        (lanes,) which item they work on; one past the last for those that have none.
     queue
         0-d, the next item.
     """
@@ -55,8 +56,6 @@ class Work(NamedTuple):
 
 class Lanes(Generic[State]):
     """Feeds a queue of (start, voxel) items through lanes of a fixed, or falling, number.
-
-    Lanes for which there is no item work on the last one too.
 
     Parameters
     ----------
@@ -96,22 +95,28 @@ class Lanes(Generic[State]):
         self.n_voxels = problem.voxels.data.shape[-1]
         # A compiled step is bound to its shapes: one number of lanes for all blocks, to the end.
         self.fixed = problem.settings.compiled
-        short = on_gpu(starts) and self.fixed
-        self.steps = max(_STEPS_COMPILED_CUDA // length, 1) if short else 1
-        self.recorded = on_gpu(starts) and length <= _LONGEST_RECORDED
-        self.fewest = _FEWEST_CUDA if on_gpu(starts) else _FEWEST
+        gpu = on_gpu(starts)
+        self.recorded = gpu and length <= _LONGEST_RECORDED
+        # Compiled steps, being few kernels each, are recorded together.
+        between_looks = max(_STEPS_CUDA // length, 1) if gpu else 1
+        self.steps, self.calls = (between_looks, 1) if self.fixed else (1, between_looks)
+        self.fewest = _FEWEST_CUDA if gpu else _FEWEST
         lanes = most if self.fixed else min(self.fewest, most)
         while lanes < min(self.n_items, most):
             lanes *= 2
         self.left, self.told = max(self.n_items - lanes, 0), 0.0
-        item = torch.arange(lanes, device=starts.device).clamp_max(self.n_items - 1)
+        item = torch.arange(lanes, device=starts.device).clamp_max(self.n_items)
         first, voxels = self._take(item)
-        fresh = load(first, voxels)
-        state = fresh._make(tensor.contiguous() for tensor in fresh)
+        fresh = load(first, voxels)._replace(running=item < self.n_items)
+        # Each in memory of its own: what is recorded writes one after the other.
+        state = fresh._make(
+            tensor.clone(memory_format=torch.contiguous_format) for tensor in fresh
+        )
         queue = torch.full_like(item[0], self.n_items - self.left)
         self.work = Work(state, voxels, item, queue)
+        # The last place is for lanes that have no item.
         self.ends = Ends(
-            *(kept.new_empty(*kept.shape[:-1], self.n_items) for kept in outcome(state))
+            *(kept.new_empty(*kept.shape[:-1], self.n_items + 1) for kept in outcome(state))
         )
 
     def run(self) -> Ends:
@@ -122,7 +127,8 @@ class Lanes(Generic[State]):
             advance = Replay(advance, "advance", self.problem.kernel)
             refill = Replay(refill, "refill", self.problem.kernel)
         while True:
-            self.work = advance(self.work)
+            for _ in range(self.calls):
+                self.work = advance(self.work)
             lanes = len(self.work.item)
             n_running = int(self.work.state.running.sum())
             n_idle = lanes - n_running
@@ -132,7 +138,7 @@ class Lanes(Generic[State]):
                 self.left = max(self.left - n_idle, 0)
             elif n_running == 0:
                 self._keep(self.work)
-                return self.ends
+                return Ends(*(kept[..., : self.n_items] for kept in self.ends))
             elif not self.fixed and not self.left and lanes // 2 >= max(n_running, self.fewest):
                 self._shrink(n_running)
 
@@ -171,10 +177,11 @@ class Lanes(Generic[State]):
     def _keep(self, work: Work) -> None:
         """Store where items are; those still worked on are stored again later."""
         for kept, now in zip(self.ends, self.outcome(work.state), strict=True):
-            kept.index_copy_(-1, work.item, now)
+            kept.scatter_(-1, work.item.expand_as(now), now)
 
     def _take(self, item: Tensor) -> tuple[Tensor, Voxels]:
-        """Return starts and voxels of items."""
+        """Return starts and voxels of items; of the last one where there is none."""
+        item = item.clamp_max(self.n_items - 1)
         voxel = item if self.n_items == self.n_voxels else item % self.n_voxels
         return self.starts.index_select(-1, item), self.problem.voxels.take(voxel)
 
