@@ -4,10 +4,14 @@ Times are wall times between synchronisations, warm, compiled, one start; `fit` 
 from an array of the host to maps, with standard deviations in double precision.
 
 The share of the roofline is that of the peak of single-precision arithmetic, as the few numbers
-of a voxel hardly need memory: the operations of a step, counted one by one, exponentials and
-divisions as one each, times the evaluations that the voxels needed. What keeps it from more is
-told apart: how long no kernel runs (launches, the host's looks at how many lanes have finished),
-how many lanes are at work on average, and how fast the kernels are, which is the rest.
+of a voxel hardly need memory: the operations of a step that is not compiled (a few more than of
+one that is), counted one by one, exponentials and divisions as one each, times the evaluations
+that the voxels needed. What keeps it from more is told apart: how long no kernel runs (launches,
+the host's looks at how many lanes have finished), how many lanes are at work on average, and how
+fast the kernels are, which is the rest.
+
+Until 26 November 2026 data of models without an amplitude were divided by their maximum, as `fit`
+does not: voxels of `nexi` then took 23 evaluations, not 10.
 
     python benchmarks/resident.py [--voxels 250000] [--models nexi nexi2 axcalibersmt r2star]
 """
