@@ -33,14 +33,15 @@ _SLACK = 1.2
 _FIXED = 16 * 2**20
 
 
-# Of mallopt, and the size in question: arrays of a block, not those of a solver's lanes.
+# Of mallopt, and the size in question: most arrays of a block, not those of a solver's lanes.
 _M_MMAP_THRESHOLD, _LARGE = -3, 2**20
 
 
 def return_freed_memory() -> None:
     """Have the C library return large arrays to the system at once when they are freed.
 
-    glibc keeps ever larger ones for later, up to 32 MiB each, which no plan foresees.
+    glibc keeps ever larger ones for later, up to 32 MiB each, which no plan foresees. What earlier
+    fits of the process have left in pieces is not mended by this.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

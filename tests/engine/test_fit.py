@@ -378,13 +378,10 @@ def test_gpu_and_cpu_differ_no_more_than_rounding_does(name, chosen):
         limit = 1e-4 * np.nanquantile(np.abs(cpu.maps[key]), 0.9)
         close, rounding = (np.abs(x.maps[key] - cpu.maps[key]) < limit for x in (gpu, again))
         assert close.mean() > (0.98 if rounding.mean() > 0.98 else rounding.mean() - 0.05)
-        # None at a bound, which a difference of 1e-4 can lead to.
-        ratio, after_rounding = (
-            (x.std[key] / cpu.std[key])[near & np.isfinite(cpu.std[key])]
-            for x, near in ((gpu, close), (again, rounding))
-        )
-        if len(ratio):
-            assert np.isfinite(ratio).mean() > np.isfinite(after_rounding).mean() - 0.03
+        known = close & np.isfinite(cpu.std[key])
+        if known.any():
+            ratio = gpu.std[key][known] / cpu.std[key][known]
+            assert np.isfinite(ratio).mean() > 0.98
             assert np.nanmedian(ratio) == pytest.approx(1, abs=0.02)
 
 
