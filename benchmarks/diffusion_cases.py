@@ -128,64 +128,61 @@ def axonalt2(x):
     return s0 * np.exp(-TE4 * (R2A + K2A / (diameter / 2)))
 
 
-_TEX = np.log(14), 0, np.log(150)
+_TEX = 0, np.log(150)
 _EXCHANGE = {"fn": (0.1, 0.8), "dn": (1.5, 3), "de": (0.5, 1.5), "tex": (2, 50)}
 _SOMA = {"rs": (2, 12), "fs": (0.05, 0.6), "fin": (0.05, 0.9)}
 _NEXI = DiffusionScheme(b=B, big_delta=DELTA, small_delta=SMALL)
 _SANDI = DiffusionScheme(b=SANDI_B, big_delta=SANDI_DELTA, small_delta=SANDI_SMALL)
 _ECHO = DiffusionScheme(b=TE_B, big_delta=TE_DELTA, small_delta=SMALL, echo_time=TE)
 
-# name: model, options, scheme, signal, truth, starts and bounds in the solver's coordinate, SNR
+# name: model, options, scheme, signal, truth, bounds in the solver's coordinate, SNR
 CASES = {
     "mcmicro": (
         "mcmicro", {}, _NEXI, mcmicro, {"fn": (0.2, 0.8), "d": (1, 3)},
-        [0.5, 1.75], ([0, 0.1], [1, 3.5]), 400,
+        ([0, 0.1], [1, 3.5]), 400,
     ),
     "mcmicro_te": (
         "mcmicro", {"relaxation": True}, _ECHO, mcmicro_te,
         {"fn": (0.2, 0.8), "d": (1, 3), "r2a": (8, 20), "r2e": (15, 40)},
-        [0.5, 1.75, 12, 30], ([0, 0.1, 1, 1], [1, 3.5, 50, 75]), 400,
+        ([0, 0.1, 1, 1], [1, 3.5, 50, 75]), 400,
     ),
     "nexi4": (
         "nexi", {"l_max": 4}, _NEXI, nexi4, _EXCHANGE | {"p2": (0.05, 0.5), "p4": (0.05, 0.4)},
-        [0.5, 2.25, 1.0, _TEX[0], 0.3, 0.3],
-        ([0, 0.1, 0.1, _TEX[1], 0, 0], [1, 3.5, 3.5, _TEX[2], 1, 1]), 400,
+        ([0, 0.1, 0.1, _TEX[0], 0, 0], [1, 3.5, 3.5, _TEX[1], 1, 1]), 400,
     ),
     "nexidot": (
         "nexidot", {}, _NEXI, nexidot, _EXCHANGE | {"fdot": (0.0, 0.2)},
-        [0.5, 2.25, 1.0, _TEX[0], 0.1],
-        ([0, 0.1, 0.1, _TEX[1], 0], [1, 3.5, 3.5, _TEX[2], 1]), 400,
+        ([0, 0.1, 0.1, _TEX[0], 0], [1, 3.5, 3.5, _TEX[1], 1]), 400,
     ),
     "smex": (
         "smex", {}, _NEXI, smex, _EXCHANGE,
-        [0.5, 2.25, 1.0, _TEX[0]], ([0, 0.1, 0.1, _TEX[1]], [1, 3.5, 3.5, _TEX[2]]), 400,
+        ([0, 0.1, 0.1, _TEX[0]], [1, 3.5, 3.5, _TEX[1]]), 400,
     ),
     "sandi": (
         "sandi", {}, _SANDI, sandi, _SOMA | {"dn": (0.5, 3), "de": (0.5, 3)},
-        [7, 0.3, 0.5, 2.0, 1.5], ([0.1, 0, 0, 0.1, 0.1], [15, 1, 1, 3.5, 3.5]), 280,
+        ([0.1, 0, 0, 0.1, 0.1], [15, 1, 1, 3.5, 3.5]), 280,
     ),
     "sandix": (
         "sandix", {}, _NEXI, sandix, _SOMA | {k: v for k, v in _EXCHANGE.items() if k != "fn"},
-        [7, 0.3, 0.5, 2.25, 1.0, _TEX[0]],
-        ([0.1, 0, 0, 0.1, 0.1, _TEX[1]], [15, 1, 1, 3.5, 3.5, _TEX[2]]), 400,
+        ([0.1, 0, 0, 0.1, 0.1, _TEX[0]], [15, 1, 1, 3.5, 3.5, _TEX[1]]), 400,
     ),
     "meaxcalibersmt": (
         "meaxcalibersmt", {}, _ECHO, meaxcalibersmt,
         {"fn": (0.3, 0.9), "fcsf": (0, 0.2), "deperp": (0.5, 1.5), "diameter": (1, 6),
          "r2e": (15, 40)},
-        [0.5, 0.1, 0.9, 3.5, 30], ([0, 0, 0.01, 0.1, 1], [1, 1, 1.7, 20, 75]), 240,
+        ([0, 0, 0.01, 0.1, 1], [1, 1, 1.7, 20, 75]), 240,
     ),
     "axonalt2": (
         "axonalt2", {}, DiffusionScheme(b=np.full(4, 6.0), echo_time=TE4), axonalt2,
-        {"diameter": (1, 6), "S0": (0.3, 0.6)}, [3.5, 0.45], ([0.1, 0], [20, np.inf]), 240,
+        {"diameter": (1, 6), "S0": (0.3, 0.6)}, ([0.1, 0], [20, np.inf]), 240,
     ),
 }  # fmt: skip
 
 
 def make(name, n, rng):
-    """Return the SNR, and model, truth, numpy signal, start and bounds of a `protocols.Case`."""
-    model, options, scheme, signal, ranges, start, bounds, snr = CASES[name]
+    """Return the SNR, and model, truth, numpy signal and bounds of a `protocols.Case`."""
+    model, options, scheme, signal, ranges, bounds, snr = CASES[name]
     built = get_model(model)(scheme, **options)
     truth = {p: rng.uniform(*ranges[p], n) for p in built.parameter_names}
     assert list(ranges) == list(built.parameter_names), (list(ranges), built.parameter_names)
-    return snr, built, truth, signal, start, bounds
+    return snr, built, truth, signal, bounds

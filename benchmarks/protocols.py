@@ -20,7 +20,12 @@ import torch
 
 from bids_gacelle import __version__
 from bids_gacelle.engine import DiffusionScheme, GradientEchoScheme, get_model
+from bids_gacelle.engine.kernels import Kernel
+from bids_gacelle.engine.objective import Objective
 from bids_gacelle.engine.physics.quadrature import powder_rule
+from bids_gacelle.engine.solvers import Settings
+from bids_gacelle.engine.starts import build_dictionary, find_starts
+from bids_gacelle.engine.study import Study
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -40,7 +45,7 @@ ROOTS2 = scipy.special.jnp_zeros(1, 10) ** 2
 class Case(NamedTuple):
     """A model with its protocol, true parameters and noise, and what scipy needs to fit it.
 
-    `signal` is a numpy model of the solver's coordinates; `start` and `bounds` are in them.
+    `signal` is a numpy model of the solver's coordinates; `bounds` are in them.
     """
 
     name: str
@@ -48,7 +53,6 @@ class Case(NamedTuple):
     model: Any
     truth: dict[str, np.ndarray]
     signal: Any
-    start: list[float]
     bounds: tuple[list[float], list[float]]
 
     def data(self, seed=1):
@@ -117,7 +121,6 @@ def _r2star(n, rng):
         get_model("r2star")(GradientEchoScheme(echo_time=ECHO_TIMES)),
         {"S0": rng.uniform(0.7, 1.3, n), "R2star": rng.uniform(10, 60, n)},
         decay,
-        [1.0, 30.0],
         ([0, 0], [np.inf, 1000]),
     )
 
@@ -133,18 +136,16 @@ def _nexi(n, rng):
         get_model("nexi")(DiffusionScheme(b=B, big_delta=DELTA)),
         truth,
         exchange,
-        [0.5, 2.25, 1.0, np.log(14)],
         ([0, 0.1, 0.1, 0], [1, 3.5, 3.5, np.log(150)]),
     )
 
 
 def _nexi2(n, rng):
-    _, truth, signal, start, (low, high) = _nexi(n, rng)
+    _, truth, signal, (low, high) = _nexi(n, rng)
     return (
         get_model("nexi")(DiffusionScheme(b=B, big_delta=DELTA), l_max=2),
         truth | {"p2": rng.uniform(0.05, 0.5, n)},
         signal,
-        [*start, 0.3],
         ([*low, 0], [*high, 1]),
     )
 
@@ -161,7 +162,6 @@ def _axcaliber(n, rng):
         get_model("axcalibersmt")(scheme),
         truth,
         axons,
-        [3.5, 0.5, 0.1, 0.9],
         ([0.1, 0, 0, 0.01], [20, 1, 1, 1.7]),
     )
 
@@ -173,6 +173,20 @@ def positions(model, maps, n):
         row = np.array(maps[parameter.name][:n], float)
         rows.append(np.log(row) if parameter.coordinate == "log" else row)
     return np.array(rows)
+
+
+def first_positions(case, data):
+    """Return where `fit` begins with one start, (parameters, voxels) in solver coordinates."""
+    model, cpu = case.model, torch.device("cpu")
+    kernel = Kernel(model, Objective(), torch.float32, cpu)
+    block = Study(model, data, sigma=1 / case.snr).block(0, data.shape[1], cpu)
+    dictionary = build_dictionary(kernel, Settings.dictionary, 1, Settings.seed)
+    with torch.no_grad():
+        found = find_starts(kernel, block.voxels.map(torch.Tensor.float), dictionary)[0]
+    start = found.double().numpy()
+    if kernel.amplitude is not None:
+        start[kernel.amplitude] *= block.scale.numpy()
+    return np.clip(start.T, *case.bounds).T
 
 
 def chi_square(signal, position, data, snr):

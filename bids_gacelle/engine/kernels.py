@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -159,6 +160,22 @@ def unpack(triangle: Tensor) -> Tensor:
     position = {pair: k for k, pair in enumerate(packed(n))}
     index = [position[min(i, j), max(i, j)] for i in range(n) for j in range(n)]
     return triangle[index].reshape(n, n, *triangle.shape[1:])
+
+
+def all_of(terms: list[Tensor]) -> Tensor:
+    """Return the elementwise conjunction of tensors."""
+    return functools.reduce(torch.logical_and, terms)
+
+
+def settle(tensor: Tensor) -> Tensor:
+    """Make a compiler compute a tensor once instead of inlining its formula wherever it is used.
+
+    Without it the formulas of one pass are inlined into those of the next, and compiling takes
+    minutes.
+    """
+    if tensor.dtype == torch.bool:
+        return settle(tensor.to(torch.uint8)) > 0
+    return tensor.as_strided(tensor.shape, tensor.stride())
 
 
 class Kernel:

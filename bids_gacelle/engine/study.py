@@ -356,12 +356,9 @@ class Study:
             None if value is None else value.double() for value in raw.values()
         )
         assert data is not None
-        usable = torch.ones_like(data[0], dtype=torch.bool)
-        signal = ~usable
-        for row in data:  # one at a time: masks of the whole block would cost as much as the data
-            usable &= row.isfinite()
-            signal |= row != 0
-        usable &= signal
+        # Row by row: a mask, or a magnitude, of the whole block would take as much as the data.
+        largest = functools.reduce(torch.maximum, (row.abs() for row in data))  # NaN if one is
+        usable = largest.isfinite() & (largest > 0)
         if not model.signed:
             usable &= data[0] > 0
         if inputs is not None:
@@ -388,9 +385,9 @@ class Study:
         pick = _Picker(usable, n)
         data = pick(data)
         scale = torch.ones_like(data[0])
-        if n and any(p.amplitude for p in model.parameters):
+        if any(p.amplitude for p in model.parameters):
             if self.common_scale is None:
-                scale = torch.maximum(data.amax(0), -data.amin(0))
+                scale = pick(largest[None])[0]
             else:
                 scale = scale * self.common_scale
         weight, variance = (None, None) if sigma is None else _weigh(pick(sigma) / scale)

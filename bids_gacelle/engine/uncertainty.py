@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from bids_gacelle.engine.derivatives import voxelwise_gradients
-from bids_gacelle.engine.kernels import Kernel, SharedFactor, Voxels, packed, span, unpack
+from bids_gacelle.engine.kernels import (
+    Kernel,
+    SharedFactor,
+    Voxels,
+    all_of,
+    packed,
+    settle,
+    span,
+    unpack,
+)
 from bids_gacelle.engine.objective import LOSS_VARIANCE
 from bids_gacelle.engine.physics import rician
 from bids_gacelle.engine.solvers.base import Solution
@@ -57,15 +66,20 @@ class Assessment(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Sums over the measurements of a voxel that its covariance is made of.
+    """Sums over the measurements of a voxel, and what its covariance is made of.
 
     Attributes
     ----------
     squares, weighted, power
         (voxels,) mean squared residual, sum of squares weighted by inverse variance, mean squared
         data.
+    at_bound
+        (parameters, voxels) bool.
     information
         (packed, voxels) what the estimate minimises, curvature at the expected data.
+    inverse
+        (parameters, parameters, voxels) of the information on the parameters at no bound; rows of
+        the others are 0, NaN where it is singular.
     noise
         (packed, voxels) covariance of its gradient at unit noise variance. It equals the
         information unless measurements are emphasised.
@@ -77,7 +91,9 @@ class Moments(NamedTuple):
     squares: Tensor
     weighted: Tensor
     power: Tensor
+    at_bound: Tensor
     information: Tensor
+    inverse: Tensor
     noise: Tensor
     shared: Tensor
 
@@ -140,11 +156,14 @@ class Assessor:
             torch.stack([(column * (moved * member)).sum(0) for column in columns])
             for member in membership.unbind(0)
         ]
+        at_bound = _at_bound(kernel, position)
         return Moments(
             squares.sum(0) / counted.sum(0),
             (squares if weight is None else squares * weight).sum(0),
             (counted * voxels.data**2).sum(0) / counted.sum(0),
+            at_bound,
             torch.stack(inner),
+            _inverse(inner, ~at_bound),
             torch.stack(middle),
             torch.stack(pulls) if pulls else position.new_zeros(0, *position.shape),
         )
@@ -167,15 +186,12 @@ class Assessor:
     def _judge(
         self, voxels: Voxels, solution: Solution, moments: Moments, shared: SharedFactor | None
     ) -> Assessment:
-        at_bound = _at_bound(self.kernel, solution.position)
-        free = ~at_bound
-        degrees = voxels.counted().sum(0) - free.sum(0)
+        degrees = voxels.counted().sum(0) - (~moments.at_bound).sum(0)
         from_residuals = moments.weighted / torch.where(degrees > 0, degrees, torch.nan)
         variance = voxels.noise_variance
         if variance is None:
             variance = from_residuals
-        hessian = unpack(moments.information)
-        inverse = _inverse(hessian, free)
+        inverse = moments.inverse
         if solution.slopes is not None:
             covariance = variance * _propagated(solution.slopes, voxels)
         elif voxels.emphasis is None:
@@ -184,14 +200,14 @@ class Assessor:
             covariance = variance * _between(inverse, unpack(moments.noise))
         covariance = covariance * LOSS_VARIANCE[self.kernel.objective.loss]
         if shared is not None:
-            covariance = covariance + self._shared(shared, solution, voxels, inverse, moments)
+            covariance = covariance + self._shared(shared, solution, voxels, moments)
         return Assessment(
             squares=moments.squares,
             power=moments.power,
             chi2=from_residuals / variance,
-            at_bound=at_bound,
+            at_bound=moments.at_bound,
             covariance=covariance,
-            rivals=_rivals(hessian, variance, solution),
+            rivals=_rivals(moments.information, variance, solution),
         )
 
     def _shared(
@@ -199,7 +215,6 @@ class Assessor:
         shared: SharedFactor,
         solution: Solution,
         voxels: Voxels,
-        inverse: Tensor,
         moments: Moments,
     ) -> Tensor:
         """Return what shared noise adds to the covariance (P, P, V), to first order.
@@ -208,7 +223,7 @@ class Assessor:
         measurements of the group of slope (derivative of the estimate by the data) times signal.
         """
         if solution.slopes is None:
-            shifts = torch.einsum("pqv,gqv->gpv", inverse, moments.shared)
+            shifts = torch.einsum("pqv,gqv->gpv", moments.inverse, moments.shared)
         else:
             moved = solution.slopes * self.kernel.signal(solution.position, voxels.inputs)
             groups = range(len(shared.sigma))
@@ -237,32 +252,43 @@ def _at_bound(kernel: Kernel, position: Tensor) -> Tensor:
     return (position <= kernel.lower + margin) | (position >= kernel.upper - margin)
 
 
-def _inverse(hessian: Tensor, free: Tensor) -> Tensor:
-    """Invert (P, P, V) over the free parameters; rows of the others are 0, NaN where singular.
+def _inverse(information: list[Tensor], free: Tensor) -> Tensor:
+    """Return the inverse (P, P, V) of a packed matrix over the free parameters.
 
-    The sweep operator (Beaton 1964) on every parameter of the matrix scaled to a unit diagonal,
-    elementwise over voxels: for so small matrices several times faster than a library call.
+    Rows of the others are 0, NaN where it is singular. The sweep operator (Beaton 1964) on every
+    parameter of the matrix scaled to a unit diagonal, elementwise over voxels: for so small
+    matrices several times faster than a library call.
     """
-    n = len(hessian)
-    size = torch.diagonal(hessian).T
-    scale = torch.where(free & (size > 0), size, 1.0).rsqrt() * free
-    rows = [list((hessian[i] * (scale[i] * scale)).unbind(0)) for i in range(n)]
-    regular = (size > 0).logical_or(~free).all(0)
+    n = len(free)
+    rows = dict(zip(packed(n), information, strict=True))
+    sizes = [rows[k, k] for k in range(n)]
+    scale = [
+        torch.where(f & (size > 0), size, 1.0).rsqrt() * f
+        for f, size in zip(free, sizes, strict=True)
+    ]
+    rows = {(i, j): entry * (scale[i] * scale[j]) for (i, j), entry in rows.items()}
+    regular = all_of([(size > 0) | ~f for f, size in zip(free, sizes, strict=True)])
     for k in range(n):
-        pivot = torch.where(free[k], rows[k][k], 1.0)
+        pivot = torch.where(free[k], rows[k, k], 1.0)
         regular = regular & (pivot > _LEAST_PIVOT)
         inverse = 1 / pivot
-        row = [rows[min(k, j)][max(k, j)] for j in range(n)]
-        for i in range(n):
-            factor = row[i] * inverse
-            for j in range(i, n):
-                if i != k and j != k:
-                    rows[i][j] = rows[i][j] - factor * row[j]
+        row = [rows[min(k, j), max(k, j)] for j in range(n)]
+        factor = [r * inverse for r in row]
+        for i, j in rows:
+            if k not in (i, j):
+                rows[i, j] = rows[i, j] - factor[i] * row[j]
         for j in range(n):
-            rows[min(k, j)][max(k, j)] = row[j] * inverse if j != k else -inverse
-    full = [-rows[min(i, j)][max(i, j)] for i in range(n) for j in range(n)]
-    inverse = torch.stack(full).reshape(hessian.shape) * (scale[:, None] * scale)
-    return torch.where(regular & inverse.isfinite().all(0).all(0), inverse, torch.nan)
+            rows[min(k, j), max(k, j)] = factor[j] if j != k else -inverse
+        if torch.compiler.is_compiling():
+            rows = {place: settle(entry) for place, entry in rows.items()}
+    rows = {(i, j): -entry * (scale[i] * scale[j]) for (i, j), entry in rows.items()}
+    regular = regular & all_of([entry.isfinite() for entry in rows.values()])
+    full = [
+        torch.where(regular, rows[min(i, j), max(i, j)], torch.nan)
+        for i in range(n)
+        for j in range(n)
+    ]
+    return torch.stack(full).unflatten(0, (n, n))
 
 
 def _propagated(slopes: Tensor, voxels: Voxels) -> Tensor:
@@ -271,11 +297,12 @@ def _propagated(slopes: Tensor, voxels: Voxels) -> Tensor:
     return (scaled[:, None] * scaled).sum(2)
 
 
-def _rivals(hessian: Tensor, variance: Tensor, solution: Solution) -> Tensor:
+def _rivals(information: Tensor, variance: Tensor, solution: Solution) -> Tensor:
     """Tell where another start ended as deep in a place the curvature of the best excludes."""
     rival = torch.zeros_like(variance, dtype=torch.bool)
     if len(solution.ends) == 1:
         return rival
+    hessian = unpack(information)
     best = solution.end_costs.amin(0)
     for end, cost in zip(solution.ends, solution.end_costs, strict=True):
         offset = end.to(hessian.dtype) - solution.position
@@ -305,7 +332,7 @@ def standard_deviations(
     slopes = voxelwise_gradients(lambda z: kernel.model.derive(kernel.parameters(z)), position)
     for name in kernel.model.derived_names:
         gradient = slopes[name]
-        total = (gradient[:, None] * assessment.covariance * gradient).sum((0, 1))
+        total = ((assessment.covariance * gradient).sum(1) * gradient).sum(0)
         total = torch.where((assessment.at_bound & (gradient != 0)).any(0), torch.nan, total)
         out[name] = torch.where(total > 0, total, torch.nan).sqrt()
     return out

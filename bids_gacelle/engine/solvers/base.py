@@ -176,11 +176,14 @@ def best_of_starts(end: Ends, n_starts: int) -> Solution:
     cost = end.cost.reshape(n_starts, n_voxels)
     ends = end.position.reshape(-1, n_starts, n_voxels).transpose(0, 1)
     winner = cost.argmin(0)
-    voxel = torch.arange(n_voxels, device=cost.device)
+
+    def best(values: Tensor) -> Tensor:
+        return values.gather(0, winner.expand(1, *values.shape[1:]))[0]
+
     return Solution(
-        position=ends[winner, :, voxel].T.contiguous(),
-        converged=end.converged.reshape(n_starts, n_voxels)[winner, voxel],
-        evaluations=end.evaluations.reshape(n_starts, n_voxels)[winner, voxel],
+        position=best(ends),
+        converged=best(end.converged.reshape(n_starts, n_voxels)),
+        evaluations=best(end.evaluations.reshape(n_starts, n_voxels)),
         winner=winner,
         ends=ends,
         end_costs=cost,

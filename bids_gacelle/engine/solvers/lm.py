@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.kernels import Kernel, Voxels, packed
+from bids_gacelle.engine.kernels import Kernel, Voxels, all_of, packed, settle
 from bids_gacelle.engine.replay import is_recorded
 from bids_gacelle.engine.solvers.base import (
     Ends,
@@ -305,19 +305,8 @@ class LmStep:
             ]
             free = [f & ~o for f, o in zip(free, outside, strict=True)]
             if compiling:
-                step, free = [_settle(s) for s in step], [_settle(f) for f in free]
+                step, free = [settle(s) for s in step], [settle(f) for f in free]
         return step
-
-
-def _settle(tensor: Tensor) -> Tensor:
-    """Make a compiler compute a tensor once instead of inlining its formula wherever it is used.
-
-    Without it the formulas of one pass are inlined into those of the next, and compiling takes
-    minutes.
-    """
-    if tensor.dtype == torch.bool:
-        return _settle(tensor.to(torch.uint8)) > 0
-    return tensor.as_strided(tensor.shape, tensor.stride())
 
 
 class _Symmetric:
@@ -354,11 +343,6 @@ class _Symmetric:
 def sum_of(terms: list[Tensor]) -> Tensor:
     """Return the elementwise sum of tensors."""
     return functools.reduce(torch.add, terms)
-
-
-def all_of(terms: list[Tensor]) -> Tensor:
-    """Return the elementwise conjunction of tensors."""
-    return functools.reduce(torch.logical_and, terms)
 
 
 def _power(voxels: Voxels) -> Tensor:
