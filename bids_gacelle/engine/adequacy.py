@@ -346,7 +346,7 @@ def _deviations(
     assessor = Assessor(kernel, compiled=False, lanes=n)
     [(_, _, verdict)] = assessor.assess(voxels, solution, shared)
     steps = torch.diagonal(verdict.covariance, dim1=0, dim2=1).T.sqrt()
-    return standard_deviations(kernel, position, verdict), steps
+    return standard_deviations(kernel, position, verdict.at_bound, verdict.covariance), steps
 
 
 def _expectations(

@@ -47,6 +47,13 @@ def voxelwise_gradients(
     -------
     {name: (n, voxels)}
     """
+    if torch.compiler.is_compiling():  # uncompiled this takes three times as long
+        found, pull = torch.func.vjp(function, point)[:2]
+        nothing = {name: torch.zeros_like(value) for name, value in found.items()}
+        return {
+            name: pull(nothing | {name: torch.ones_like(value)})[0]
+            for name, value in found.items()
+        }
     with torch.enable_grad():
         variable = point.detach().requires_grad_()
         outputs = function(variable)

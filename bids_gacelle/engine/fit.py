@@ -505,9 +505,9 @@ class _Fitter:
         exact = self.with_noise(block)
         solution = self.solver.solve(self.problem(self.kernel, exact, report))
         solution = replace(solution, position=solution.position.double())
-        maps = BlockMaps(self.model, exact.data.shape[-1], self.device)
+        maps = BlockMaps(self.assessor, exact.data.shape[-1])
         for part, ended, verdict in self.assessor.assess(exact, solution, block.shared):
-            maps.store(part, block.scale[part], self.exact, ended, verdict)
+            maps.store(part, block.scale[part], ended, verdict)
         return maps.result
 
     def problem(

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bids_gacelle.engine.kernels import Kernel
+from bids_gacelle.engine.kernels import Kernel, span
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.solvers import Solution
 from bids_gacelle.engine.study import Study
-from bids_gacelle.engine.uncertainty import Assessment, standard_deviations
+from bids_gacelle.engine.uncertainty import Assessment, Assessor, standard_deviations
 
 FLAG_OUTSIDE = 1
 FLAG_AT_BOUND = 2
@@ -85,15 +85,22 @@ class BlockMaps:
 
     Parameters
     ----------
-    model
-        Gives the names.
-    n, device
-        Usable voxels of the block, and where they are.
+    assessor
+        Judges the voxels that are stored.
+    n
+        Usable voxels of the block.
     """
 
-    def __init__(self, model: SignalModel, n: int, device: torch.device) -> None:
-        self.model = model
+    def __init__(self, assessor: Assessor, n: int) -> None:
+        kernel = assessor.kernel
+        model, device = kernel.model, kernel.device
         names = (*model.parameter_names, *model.derived_names)
+
+        def in_units(*known: Tensor) -> tuple[Tensor, Tensor]:
+            return _in_units(kernel, *known)
+
+        self._in_units = kernel.compile("maps", in_units) if assessor.compiled else in_units
+        self._size = assessor.at_once if assessor.compiled else None
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(*shape, n, dtype=dtype, device=device)
@@ -113,7 +120,6 @@ class BlockMaps:
         self,
         part: slice,
         scale: Tensor,
-        kernel: Kernel,
         solution: Solution,
         assessment: Assessment,
     ) -> None:
@@ -125,23 +131,15 @@ class BlockMaps:
             Which of the block.
         scale
             What their data were divided by.
-        kernel, solution, assessment
+        solution, assessment
             In double precision.
         """
-        values = self._natural(kernel, solution.position)
-        values.update(kernel.model.derive(values))
-        std = standard_deviations(kernel, solution.position, assessment)
-        for parameter in self.model.parameters:
-            if parameter.amplitude:
-                values[parameter.name] = values[parameter.name] * scale
-                std[parameter.name] = std[parameter.name] * scale
+        n = len(scale)
+        known = (solution.position, assessment.at_bound, assessment.covariance, scale)
+        # Of one size, to which a compiled function is bound.
+        values, std = self._in_units(*(span(tensor, 0, self._size or n) for tensor in known))
         out = self.result
-        for i, name in enumerate((*self.model.parameter_names, *self.model.derived_names)):
-            finite = values[name].isfinite()
-            out.values[i, part] = torch.where(finite, values[name], torch.nan).float()
-            deviation = std[name].float()
-            known = finite & deviation.isfinite()
-            out.std[i, part] = torch.where(known, deviation, torch.nan)
+        out.values[:, part], out.std[:, part] = values[:, :n], std[:, :n]
         out.flags[part] = (
             assessment.at_bound.any(0) * FLAG_AT_BOUND
             + ~solution.converged * FLAG_NOT_CONVERGED
@@ -153,15 +151,37 @@ class BlockMaps:
         out.evaluations[part] = solution.evaluations.int()
         out.winner[part] = solution.winner.int()
 
-    def _natural(self, kernel: Kernel, position: Tensor) -> dict[str, Tensor]:
-        """Return parameters; one at a bound of its log coordinate is exactly at its bound."""
-        values = kernel.parameters(position)
-        for i, parameter in enumerate(self.model.parameters):
-            if parameter.coordinate == "log":
-                low, high = parameter.bounds
-                value = torch.where(position[i] <= kernel.lower[i], low, values[parameter.name])
-                values[parameter.name] = torch.where(position[i] >= kernel.upper[i], high, value)
-        return values
+
+def _in_units(
+    kernel: Kernel, position: Tensor, at_bound: Tensor, covariance: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return values and standard deviations (names, voxels) in units of the data."""
+    model = kernel.model
+    values = _natural(kernel, position)
+    values.update(model.derive(values))
+    std = standard_deviations(kernel, position, at_bound, covariance)
+    for parameter in model.parameters:
+        if parameter.amplitude:
+            values[parameter.name] = values[parameter.name] * scale
+            std[parameter.name] = std[parameter.name] * scale
+    maps, deviations = [], []
+    for name in (*model.parameter_names, *model.derived_names):
+        finite = values[name].isfinite()
+        maps.append(torch.where(finite, values[name], torch.nan).float())
+        deviation = std[name].float()
+        deviations.append(torch.where(finite & deviation.isfinite(), deviation, torch.nan))
+    return torch.stack(maps), torch.stack(deviations)
+
+
+def _natural(kernel: Kernel, position: Tensor) -> dict[str, Tensor]:
+    """Return parameters; one at a bound of its log coordinate is exactly at its bound."""
+    values = kernel.parameters(position)
+    for i, parameter in enumerate(kernel.model.parameters):
+        if parameter.coordinate == "log":
+            low, high = parameter.bounds
+            value = torch.where(position[i] <= kernel.lower[i], low, values[parameter.name])
+            values[parameter.name] = torch.where(position[i] >= kernel.upper[i], high, value)
+    return values
 
 
 class Maps:

@@ -452,7 +452,7 @@ class _SpatialFit:
     ) -> None:
         """Fit all voxels to the end, assess and store them; unsettled ones are flagged."""
         self._store_unusable(maps, start)
-        assessor, exact_kernel = self.fitter.assessor, self.fitter.exact
+        assessor = self.fitter.assessor
         for k, (block, exact) in enumerate(self._exact(self.parts)):
             part = self.parts[k]
             own = self._kept.get(part.start)
@@ -463,9 +463,9 @@ class _SpatialFit:
             if not settled:
                 unsettled = torch.zeros_like(solution.converged)
                 solution = replace(solution, converged=unsettled)
-            out = BlockMaps(self.fitter.model, exact.data.shape[-1], self.device)
+            out = BlockMaps(assessor, exact.data.shape[-1])
             for piece, ended, verdict in assessor.assess(exact, solution, block.shared):
-                out.store(piece, block.scale[piece], exact_kernel, ended, verdict)
+                out.store(piece, block.scale[piece], ended, verdict)
             maps.put(part.start, block.usable, BlockResult(*self.fitter.link.fetch(out.result)()))
             self._report(_STORE_FROM + (1 - _STORE_FROM) * part.stop / self.study.n)
 

@@ -105,7 +105,7 @@ class Assessor:
     """
 
     def __init__(self, kernel: Kernel, *, compiled: bool, lanes: int) -> None:
-        self.kernel = kernel
+        self.kernel, self.compiled = kernel, compiled
         on_gpu = kernel.device.type == "cuda"
         most = _AT_ONCE_COMPILED if compiled else _AT_ONCE
         self.at_once = max(min(lanes, _AT_ONCE_CUDA), _AT_ONCE) if on_gpu else most
@@ -313,26 +313,35 @@ def _rivals(information: Tensor, variance: Tensor, solution: Solution) -> Tensor
 
 
 def standard_deviations(
-    kernel: Kernel, position: Tensor, assessment: Assessment
+    kernel: Kernel, position: Tensor, at_bound: Tensor, covariance: Tensor
 ) -> dict[str, Tensor]:
     """Return standard deviations by name in each parameter's own unit, derived ones included.
 
     First-order propagation from the solver's coordinates. NaN for a parameter at a bound and for a
     derived quantity that depends on one: what is conditional on the bound would look too certain.
+
+    Parameters
+    ----------
+    kernel
+        In double precision.
+    position
+        (parameters, voxels) in solver coordinates.
+    at_bound, covariance
+        See `Assessment`.
     """
     names = kernel.model.parameter_names
-    variance = torch.diagonal(assessment.covariance, dim1=0, dim2=1).T
+    variance = torch.diagonal(covariance, dim1=0, dim2=1).T
     out = {}
     params = kernel.parameters(position)
     for i, name in enumerate(names):
         sd = variance[i].sqrt() * (params[name] if kernel.logs[i] else 1)
-        out[name] = torch.where(assessment.at_bound[i], torch.nan, sd)
+        out[name] = torch.where(at_bound[i], torch.nan, sd)
     if not kernel.model.derived:
         return out
     slopes = voxelwise_gradients(lambda z: kernel.model.derive(kernel.parameters(z)), position)
     for name in kernel.model.derived_names:
         gradient = slopes[name]
-        total = ((assessment.covariance * gradient).sum(1) * gradient).sum(0)
-        total = torch.where((assessment.at_bound & (gradient != 0)).any(0), torch.nan, total)
+        total = ((covariance * gradient).sum(1) * gradient).sum(0)
+        total = torch.where((at_bound & (gradient != 0)).any(0), torch.nan, total)
         out[name] = torch.where(total > 0, total, torch.nan).sqrt()
     return out
