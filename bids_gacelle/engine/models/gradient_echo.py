@@ -144,15 +144,17 @@ class GradientEchoModel(SignalModel):
         """
         time = self.echo_time(magnitude[0])
         size = magnitude.clamp_min(1e-3 * magnitude.amax(0))
-        weight, log = size**2, torch.log(size)
         means, above, below = [], torch.zeros_like(size[0]), torch.zeros_like(size[0])
         for number in self._numbers:
             images = self.echoes(number)
-            share = weight[images] / weight[images].sum(0)
-            mean_time, mean_log = (share * time[images]).sum(0), (share * log[images]).sum(0)
-            offset = weight[images] * (time[images] - mean_time)
-            above = above + (offset * (log[images] - mean_log)).sum(0)
-            below = below + (offset * (time[images] - mean_time)).sum(0)
+            echoes, times = size[images], time[images]
+            weight, log = echoes**2, torch.log(echoes)
+            share = weight / weight.sum(0)
+            mean_time, mean_log = (share * times).sum(0), (share * log).sum(0)
+            lag = times - mean_time
+            offset = weight * lag
+            above = above + (offset * (log - mean_log)).sum(0)
+            below = below + (offset * lag).sum(0)
             means.append((mean_time, mean_log))
         rate = -above / below
         return rate, torch.stack([torch.exp(log + rate * time) for time, log in means])
