@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -160,11 +159,6 @@ def unpack(triangle: Tensor) -> Tensor:
     position = {pair: k for k, pair in enumerate(packed(n))}
     index = [position[min(i, j), max(i, j)] for i in range(n) for j in range(n)]
     return triangle[index].reshape(n, n, *triangle.shape[1:])
-
-
-def all_of(terms: list[Tensor]) -> Tensor:
-    """Return the elementwise conjunction of tensors."""
-    return functools.reduce(torch.logical_and, terms)
 
 
 def settle(tensor: Tensor) -> Tensor:

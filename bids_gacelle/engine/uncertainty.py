@@ -13,7 +13,6 @@ from bids_gacelle.engine.kernels import (
     Kernel,
     SharedFactor,
     Voxels,
-    all_of,
     packed,
     settle,
     span,
@@ -29,8 +28,11 @@ RIVAL_DEPTH = 1.0
 RIVAL_RISE = 9.0
 
 
-# A scaled Hessian whose pivots fall below this is singular in double precision.
+# What those before it leave of the information on a parameter, scaled to 1: below this it has no
+# estimate of its own in double precision.
 _LEAST_PIVOT = 1e-14
+# A direction along which the signal does not change has parts, scaled likewise, above this.
+_LEAST_PART = 1e-6
 # Voxels assessed at once: tensors of double precision that stay in a processor's cache ...
 _AT_ONCE = 1024
 _AT_ONCE_COMPILED = 8192
@@ -52,7 +54,8 @@ class Assessment(NamedTuple):
         (parameters, voxels) bool.
     covariance
         (parameters, parameters, voxels) in solver coordinates, conditional on the parameters at a
-        bound (their rows are 0); NaN where the noise or the curvature leaves it undetermined.
+        bound (their rows are 0), and on those that the signal does not determine (NaN on their
+        diagonal); NaN everywhere where the noise is unknown.
     rivals
         (voxels,) bool: another minimum is about as deep.
     """
@@ -79,7 +82,9 @@ class Moments(NamedTuple):
         (packed, voxels) what the estimate minimises, curvature at the expected data.
     inverse
         (parameters, parameters, voxels) of the information on the parameters at no bound; rows of
-        the others are 0, NaN where it is singular.
+        the others, and of those without an estimate of their own, are 0.
+    undetermined
+        (parameters, voxels) bool: others can make up for the parameter, or it has no influence.
     noise
         (packed, voxels) covariance of its gradient at unit noise variance. It equals the
         information unless measurements are emphasised.
@@ -94,6 +99,7 @@ class Moments(NamedTuple):
     at_bound: Tensor
     information: Tensor
     inverse: Tensor
+    undetermined: Tensor
     noise: Tensor
     shared: Tensor
 
@@ -163,7 +169,7 @@ class Assessor:
             (counted * voxels.data**2).sum(0) / counted.sum(0),
             at_bound,
             torch.stack(inner),
-            _inverse(inner, ~at_bound),
+            *_inverse(inner, ~at_bound),
             torch.stack(middle),
             torch.stack(pulls) if pulls else position.new_zeros(0, *position.shape),
         )
@@ -201,6 +207,9 @@ class Assessor:
         covariance = covariance * LOSS_VARIANCE[self.kernel.objective.loss]
         if shared is not None:
             covariance = covariance + self._shared(shared, solution, voxels, moments)
+        if solution.slopes is None:
+            diagonal = torch.diagonal(covariance, dim1=0, dim2=1).T
+            diagonal.masked_fill_(moments.undetermined, torch.nan)
         return Assessment(
             squares=moments.squares,
             power=moments.power,
@@ -252,12 +261,14 @@ def _at_bound(kernel: Kernel, position: Tensor) -> Tensor:
     return (position <= kernel.lower + margin) | (position >= kernel.upper - margin)
 
 
-def _inverse(information: list[Tensor], free: Tensor) -> Tensor:
+def _inverse(information: list[Tensor], free: Tensor) -> tuple[Tensor, Tensor]:
     """Return the inverse (P, P, V) of a packed matrix over the free parameters.
 
-    Rows of the others are 0, NaN where it is singular. The sweep operator (Beaton 1964) on every
-    parameter of the matrix scaled to a unit diagonal, elementwise over voxels: for so small
-    matrices several times faster than a library call.
+    Rows of the others are 0. The sweep operator (Beaton 1964) on every parameter of the matrix
+    scaled to a unit diagonal, elementwise over voxels: for so small matrices several times faster
+    than a library call. A parameter that those before it leave no information on is not swept; the
+    coefficients of its regression on them then tell which of them it can make up for. They are the
+    other parameters returned, (P, V), as undetermined.
     """
     n = len(free)
     rows = dict(zip(packed(n), information, strict=True))
@@ -267,28 +278,32 @@ def _inverse(information: list[Tensor], free: Tensor) -> Tensor:
         for f, size in zip(free, sizes, strict=True)
     ]
     rows = {(i, j): entry * (scale[i] * scale[j]) for (i, j), entry in rows.items()}
-    regular = all_of([(size > 0) | ~f for f, size in zip(free, sizes, strict=True)])
+    swept = []
     for k in range(n):
-        pivot = torch.where(free[k], rows[k, k], 1.0)
-        regular = regular & (pivot > _LEAST_PIVOT)
-        inverse = 1 / pivot
+        swept.append(free[k] & ~(rows[k, k] <= _LEAST_PIVOT))
+        inverse = torch.where(swept[k], 1 / rows[k, k], 0.0)
         row = [rows[min(k, j), max(k, j)] for j in range(n)]
         factor = [r * inverse for r in row]
         for i, j in rows:
             if k not in (i, j):
                 rows[i, j] = rows[i, j] - factor[i] * row[j]
         for j in range(n):
-            rows[min(k, j), max(k, j)] = factor[j] if j != k else -inverse
+            new = factor[j] if j != k else -inverse
+            rows[min(k, j), max(k, j)] = torch.where(swept[k], new, row[j])
         if torch.compiler.is_compiling():
             rows = {place: settle(entry) for place, entry in rows.items()}
-    rows = {(i, j): -entry * (scale[i] * scale[j]) for (i, j), entry in rows.items()}
-    regular = regular & all_of([entry.isfinite() for entry in rows.values()])
-    full = [
-        torch.where(regular, rows[min(i, j), max(i, j)], torch.nan)
-        for i in range(n)
-        for j in range(n)
-    ]
-    return torch.stack(full).unflatten(0, (n, n))
+    undetermined = [f & ~s for f, s in zip(free, swept, strict=True)]
+    unswept = list(undetermined)
+    for i, j in packed(n):
+        part = rows[i, j].abs() > _LEAST_PART
+        undetermined[i] = undetermined[i] | (unswept[j] & swept[i] & part)
+        undetermined[j] = undetermined[j] | (unswept[i] & swept[j] & part)
+    known = {
+        (i, j): torch.where(swept[i] & swept[j], -entry * (scale[i] * scale[j]), 0.0)
+        for (i, j), entry in rows.items()
+    }
+    full = [known[min(i, j), max(i, j)] for i in range(n) for j in range(n)]
+    return torch.stack(full).unflatten(0, (n, n)), torch.stack(undetermined)
 
 
 def _propagated(slopes: Tensor, voxels: Voxels) -> Tensor:
@@ -341,7 +356,8 @@ def standard_deviations(
     slopes = voxelwise_gradients(lambda z: kernel.model.derive(kernel.parameters(z)), position)
     for name in kernel.model.derived_names:
         gradient = slopes[name]
-        total = ((covariance * gradient).sum(1) * gradient).sum(0)
+        weighed = torch.where(gradient != 0, covariance * gradient, 0.0)
+        total = (weighed.sum(1) * gradient).sum(0)
         total = torch.where((at_bound & (gradient != 0)).any(0), torch.nan, total)
         out[name] = torch.where(total > 0, total, torch.nan).sqrt()
     return out

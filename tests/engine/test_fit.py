@@ -18,6 +18,8 @@ from bids_gacelle.engine import (
     get_model,
 )
 from bids_gacelle.engine.device import resolve_device
+from bids_gacelle.engine.kernels import packed
+from bids_gacelle.engine.uncertainty import _inverse
 
 from .helpers import ALL_MODELS, Line, draw, draw_inputs, make_model, noisy
 
@@ -153,6 +155,37 @@ def test_derived_quantities_of_a_parameter_at_its_bound_have_no_deviation():
     assert (at_bound & free).sum() > 5
     assert np.isnan(result.std["rn"][at_bound]).all()
     assert np.isfinite(result.std["rn"][~at_bound & free]).all()
+
+
+def test_what_the_signal_does_not_determine_leaves_the_other_deviations():
+    """Without neurites their diffusivity is anything, and the soma is known as well as before."""
+    model = make_model("sandi")
+    data = noisy(model, draw(model, 300, 14) | {"fin": torch.zeros(300).double()}, 0.005, 15)
+    result = fit(model, data, sigma=0.005)
+    inside = (result.maps["fin"] == 0) & (result.maps["fs"] > 0.1) & (result.maps["fs"] < 0.9)
+    assert inside.sum() > 50
+    assert np.isnan(result.std["dn"][inside]).all()
+    assert np.isfinite(result.std["fs"][inside]).mean() > 0.95
+
+
+def test_inverse_of_what_is_partly_determined():
+    rng = np.random.default_rng(16)
+    slopes = rng.normal(size=(100, 9, 6)) * [1, 1e3, 1e-3, 1, 1, 1]
+    slopes[..., 3] = slopes[..., 1] - 2e5 * slopes[..., 2]  # can make up for these two
+    slopes[:50, :, 4] = 0  # has no influence
+    free = torch.ones(6, 100, dtype=torch.bool)
+    free[5, 20:80] = False
+    full = torch.tensor(slopes.transpose(0, 2, 1) @ slopes).permute(1, 2, 0)
+    inverse, undetermined = _inverse([full[i, j] for i, j in packed(6)], free)
+    expected = [[False, True, True, True, no_influence, False] for no_influence in (True, False)]
+    np.testing.assert_array_equal(undetermined.T, np.repeat(expected, 50, axis=0))
+    for v in range(100):
+        alone = [0, 1, 2, *([4] if v >= 50 else []), *([] if 20 <= v < 80 else [5])]
+        wanted = np.linalg.inv(full[alone][:, alone][..., v].numpy())
+        kept = [i for i in alone if i not in (1, 2)]
+        places = [alone.index(i) for i in kept]
+        got = inverse[kept][:, kept][..., v]
+        np.testing.assert_allclose(got, wanted[places][:, places], rtol=1e-6, atol=1e-9)
 
 
 def test_as_many_parameters_as_measurements_leave_no_interval():

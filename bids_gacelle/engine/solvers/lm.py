@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.kernels import Kernel, Voxels, all_of, packed, settle
+from bids_gacelle.engine.kernels import Kernel, Voxels, packed, settle
 from bids_gacelle.engine.replay import is_recorded
 from bids_gacelle.engine.solvers.base import (
     Ends,
@@ -343,6 +343,11 @@ class _Symmetric:
 def sum_of(terms: list[Tensor]) -> Tensor:
     """Return the elementwise sum of tensors."""
     return functools.reduce(torch.add, terms)
+
+
+def all_of(terms: list[Tensor]) -> Tensor:
+    """Return the elementwise conjunction of tensors."""
+    return functools.reduce(torch.logical_and, terms)
 
 
 def _power(voxels: Voxels) -> Tensor:
