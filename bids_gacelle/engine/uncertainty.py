@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -294,7 +295,7 @@ def _inverse(information: list[Tensor], free: Tensor) -> tuple[Tensor, Tensor]:
             rows = {place: settle(entry) for place, entry in rows.items()}
     undetermined = [f & ~s for f, s in zip(free, swept, strict=True)]
     unswept = list(undetermined)
-    for i, j in packed(n):
+    for i, j in itertools.combinations(range(n), 2):
         part = rows[i, j].abs() > _LEAST_PART
         undetermined[i] = undetermined[i] | (unswept[j] & swept[i] & part)
         undetermined[j] = undetermined[j] | (unswept[i] & swept[j] & part)
