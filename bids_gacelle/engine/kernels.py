@@ -8,7 +8,7 @@ import os
 import shutil
 import types
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -168,7 +168,7 @@ def settle(tensor: Tensor) -> Tensor:
     minutes.
     """
     if tensor.dtype == torch.bool:
-        return settle(tensor.to(torch.uint8)) > 0
+        return settle(tensor.to(torch.float32)) > 0
     return tensor.as_strided(tensor.shape, tensor.stride())
 
 
@@ -267,9 +267,9 @@ class Kernel:
             objective, parameters = self.objective, self.model.parameters
             key = (name, depends, objective.noise, objective.loss, objective.corner, parameters)
             kept = {} if once else self.model.kept
-            self.compiled[name] = kept.setdefault(
-                (*key, self.dtype, self.device), Compiled(function)
-            )
+            compiled = kept.setdefault((*key, self.dtype, self.device), Compiled(function))
+            compiled.look_again()
+            self.compiled[name] = compiled
         return self.compiled[name]
 
     def _column(self, values: list[float]) -> Tensor:
@@ -401,38 +401,58 @@ def compile_wanted(model: SignalModel, fits: int, device: torch.device) -> bool:
 class Compiled:
     """A function compiled at its first call; eager, with one logged line, when that fails.
 
+    At every call torch looks whether anything changed that the function could depend on, which
+    takes as long as a step of a small model. Here it looks once in a fit, and then the code is
+    called directly.
+
     Parameters
     ----------
     function
-        A pure function of tensors whose shapes hardly ever change.
+        A pure function of tensors, numbers and None, also in tuples and dictionaries, to a tensor
+        or a tuple of tensors. It is compiled for each kind of arguments: shapes of tensors,
+        numbers, and what is None.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = _own_code(function)
-        self._call: Callable[..., Any] | None = None
-        self.works = False
+        self._function = function
+        self._traced: dict[tuple[Any, ...], _Traced] = {}
+        self._calls: dict[tuple[Any, ...], Callable[[list[Tensor]], Any]] = {}
+        self._failed = False
 
-    def __call__(self, *args: object) -> Any:
+    @property
+    def works(self) -> bool:
+        """Whether compiled code was run."""
+        return bool(self._traced) and not self._failed
+
+    def look_again(self) -> None:
+        """Let torch look once more at what the function depends on."""
+        self._calls = {}
+
+    def __call__(self, *args: Any) -> Any:
         """Call the compiled function, or the eager one after a failed compilation."""
-        if self._call is None:
-            return self._first_call(*args)
-        try:
-            return self._call(*args)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
-            # So many kinds of data had one model object that those compiled first are given up.
-            torch.compiler.reset()
-            return self._first_call(*args)
+        if self._failed:
+            return self._function(*args)
+        tensors: dict[int, Tensor] = {}
+        kind = tuple(_kind(args, tensors))
+        given = list(tensors.values())
+        call = self._calls.get(kind)
+        return self._first_call(kind, args, given) if call is None else call(given)
 
-    def _first_call(self, *args: object) -> Any:
-        self._function(*args)  # fills caches of constants, which a trace had better find filled
+    def _first_call(
+        self, kind: tuple[Any, ...], args: tuple[Any, ...], given: list[Tensor]
+    ) -> Any:
+        if kind not in self._traced:
+            self._function(*args)  # fills caches of constants, which a trace had better find full
         try:
+            traced = self._traced.setdefault(kind, _Traced(self._function))
             # What torch's own passes warn about concerns nobody here.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compiled = torch.compile(
-                    self._function, dynamic=False, fullgraph=True, options=_OPTIONS
-                )
-                result = compiled(*args)
+                result = traced(*args)
+            self._calls[kind] = traced.direct(given, result)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            del self._traced[kind]  # what it depends on changed so often that it is given up
+            return self._first_call(kind, args, given)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
@@ -442,25 +462,83 @@ class Compiled:
             if line not in _said:  # several functions of one fit fail for one reason
                 logger.warning("Compilation failed, continuing without: %s", line)
                 _said.add(line)
-            self._call = self._function
+            self._failed = True
             return self._function(*args)
-        self._call, self.works = compiled, True
         return result
 
 
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with a code object of its own.
+def _kind(value: Any, tensors: dict[int, Tensor]) -> Iterator[Any]:
+    """Yield all of some arguments but the values of their tensors, which are collected by id."""
+    if isinstance(value, Tensor):
+        if id(value) in tensors:  # torch makes one input of the two
+            yield list(tensors).index(id(value))
+        else:
+            tensors[id(value)] = value
+            yield value.shape, value.stride(), value.dtype
+    elif isinstance(value, tuple):
+        for inner in value:
+            yield from _kind(inner, tensors)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from _kind(inner, tensors)
+    else:
+        yield value
 
-    torch keeps what it compiled, up to a limit, by code object, which methods and functions made
-    in one place share: the ninth model of a process would run eager.
-    """
 
-    def call(*args: object) -> Any:
-        return function(*args)
+class _Traced:
+    """A function that torch looks at and compiles, which tells what code was called with what."""
 
-    return types.FunctionType(
-        call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
-    )
+    def __init__(self, function: Callable[..., Any]) -> None:
+        def call(*args: Any) -> Any:
+            return function(*args)
+
+        # torch keeps what it compiled, up to a limit, by code object, which all functions made
+        # here share: the ninth of a process would run eager.
+        own = types.FunctionType(
+            call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
+        )
+        self._call = torch.compile(own, backend=self._backend, dynamic=False, fullgraph=True)
+        self._code: Callable[..., Sequence[Tensor]] | None = None
+        self._entered: tuple[Tensor, ...] = ()
+        self._left: Sequence[Tensor] = ()
+
+    def _backend(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        code = torch._inductor.compile(graph, examples, options=_OPTIONS)
+
+        def call(*entering: Tensor) -> Sequence[Tensor]:
+            self._code, self._entered, self._left = code, entering, code(*entering)
+            return self._left
+
+        return call
+
+    def __call__(self, *args: Any) -> Any:
+        """Return the result, compiled before if need be."""
+        return self._call(*args)
+
+    def direct(self, given: list[Tensor], result: Any) -> Callable[[list[Tensor]], Any]:
+        """Return the code called last as a function of the tensors given, to such a result.
+
+        What entered it and was not given is a constant of the function.
+        """
+        code, entered, left = self._code, self._entered, self._left
+        self._entered, self._left = (), ()
+        assert code is not None
+        known = [*given, *left]
+        place = {id(known[k]): k for k in reversed(range(len(known)))}
+        inputs = [(place.get(id(tensor)), tensor) for tensor in entered]
+        inputs = [(k, tensor if k is None else None) for k, tensor in inputs]
+        single = isinstance(result, Tensor)
+        outputs = [place.get(id(value)) for value in ((result,) if single else result)]
+        make = getattr(type(result), "_make", tuple)
+
+        def call(given: list[Tensor]) -> Any:
+            left = code(*[constant if k is None else given[k] for k, constant in inputs])
+            known = [*given, *left]
+            values = [None if k is None else known[k] for k in outputs]
+            return values[0] if single else make(values)
+
+        return call
 
 
 def _first_line(error: Exception) -> str:

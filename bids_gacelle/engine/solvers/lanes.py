@@ -107,7 +107,8 @@ class Lanes(Generic[State]):
         self.left, self.told = max(self.n_items - lanes, 0), 0.0
         item = torch.arange(lanes, device=starts.device).clamp_max(self.n_items)
         first, voxels = self._take(item)
-        fresh = load(first, voxels)._replace(running=item < self.n_items)
+        fresh = load(first, voxels)
+        fresh = fresh._replace(running=fresh.running * (item < self.n_items))
         # Each in memory of its own: what is recorded writes one after the other.
         state = fresh._make(
             tensor.clone(memory_format=torch.contiguous_format) for tensor in fresh
@@ -161,7 +162,7 @@ class Lanes(Generic[State]):
         All lanes are written, so that nothing depends on how many of them are idle.
         """
         self._keep(work)
-        idle = ~work.state.running
+        idle = work.state.running == 0
         place = work.queue + idle.cumsum(0) - 1
         renewed = idle & (place < self.n_items)
         item = torch.where(renewed, place, work.item)
@@ -192,6 +193,6 @@ class Lanes(Generic[State]):
         lanes = len(item)
         while lanes // 2 >= max(n_running, self.fewest):
             lanes //= 2
-        index = torch.argsort(~state.running, stable=True)[:lanes]
+        index = torch.argsort(state.running == 0, stable=True)[:lanes]
         state = state._make(tensor.index_select(-1, index) for tensor in state)
         self.work = Work(state, voxels.take(index), item[index], queue)

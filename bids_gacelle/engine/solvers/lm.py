@@ -53,6 +53,8 @@ class State(NamedTuple):
         Where a lane is; a cost of inf marks one just filled, which has not been anywhere.
     trial, predicted
         Where it goes next, and the decrease of the cost to expect from that.
+    evaluations, running, converged
+        int32; the last two are 0 or 1, as compiled code stores truth values one by one.
     """
 
     position: Tensor
@@ -139,13 +141,14 @@ def minimise(problem: Problem, starts: Tensor, most_evaluations: int | None = No
         ),
         stale=frozenset({"gradient", "hessian", "predicted"}),
     )
-    return lanes.run()
+    ends = lanes.run()
+    return ends._replace(converged=ends.converged > 0)
 
 
 def _fresh(position: Tensor, spent: int) -> State:
     """Return lanes that have just been filled, with so many evaluations counted."""
     n, zeros = len(position), torch.zeros_like(position[0])
-    flags = zeros.to(torch.bool)
+    none = torch.zeros_like(zeros, dtype=torch.int32)
     return State(
         position=position,
         cost=torch.full_like(zeros, torch.inf),
@@ -155,9 +158,9 @@ def _fresh(position: Tensor, spent: int) -> State:
         predicted=zeros,
         damping=torch.full_like(zeros, _FIRST_DAMPING),
         growth=torch.full_like(zeros, _FIRST_GROWTH),
-        evaluations=torch.full_like(zeros, spent, dtype=torch.int32),
-        running=~flags,
-        converged=flags,
+        evaluations=none + spent,
+        running=none + 1,
+        converged=none,
     )
 
 
@@ -189,8 +192,9 @@ class LmStep:
         """
         settings = self.settings
         cost, new_gradient, new_hessian = self.kernel.sums(state.trial, voxels)
-        fresh = torch.isinf(state.cost)
-        better = state.running & (cost < state.cost)
+        fresh = state.cost == torch.inf
+        at_work = state.running > 0
+        better = at_work & (cost < state.cost)
 
         def updated(new: Iterable[Tensor], old: Iterable[Tensor]) -> list[Tensor]:
             return [torch.where(better, a, b) for a, b in zip(new, old, strict=True)]
@@ -230,7 +234,7 @@ class LmStep:
             small_gain = small_gain | (gentle & (predicted.abs() <= _SURE * limit))
         else:
             small_step = small_step & slow
-        known = state.running & torch.isfinite(now)
+        known = at_work & torch.isfinite(now)
         converged = known & (small_step | small_gain)
         evaluations = state.evaluations + state.running
         lost = evaluations >= settings.max_evaluations
@@ -246,11 +250,11 @@ class LmStep:
             torch.stack(hessian.triangle),
             torch.stack(trial),
             predicted,
-            torch.where(state.running, damping, state.damping),
-            torch.where(state.running, growth, state.growth),
+            torch.where(at_work, damping, state.damping),
+            torch.where(at_work, growth, state.growth),
             evaluations,
-            running,
-            state.converged | converged,
+            running.to(torch.int32),
+            torch.where(converged, 1, state.converged),
         )
 
     def _bounded_step(
@@ -276,7 +280,7 @@ class LmStep:
         step = [torch.zeros_like(z) for z in position]
         # A parameter without influence here (exchange without neurites) has no curvature to be
         # damped by; it would jump from bound to bound and get every joint step rejected.
-        share = _LEAST_SHARE * torch.where(torch.isinf(cost), 0.0, cost)
+        share = _LEAST_SHARE * torch.where(cost == torch.inf, 0.0, cost)
         damped = hessian.with_diagonal(
             [
                 d + torch.maximum(d, share / w**2) * damping
