@@ -14,8 +14,7 @@ from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import Kernel, SharedFactor, Voxels
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.objective import PriorArgument, make_objective
-from bids_gacelle.engine.solvers.base import Solution
-from bids_gacelle.engine.uncertainty import Assessor, standard_deviations
+from bids_gacelle.engine.uncertainty import Ended, assess, standard_deviations
 
 ASSUMED_SNR = 50.0
 """Of one image without diffusion weighting, or the strongest echo, where the noise is unknown."""
@@ -333,18 +332,8 @@ def _deviations(
     kernel: Kernel, position: Tensor, voxels: Voxels, shared: SharedFactor | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return standard deviations by name and, of the parameters, in solver coordinates."""
-    n = position.shape[1]
-    nowhere = torch.zeros(1, n, dtype=position.dtype)
-    solution = Solution(
-        position=position,
-        converged=torch.ones(n, dtype=torch.bool),
-        evaluations=nowhere[0],
-        winner=nowhere[0],
-        ends=position[None],
-        end_costs=nowhere,
-    )
-    assessor = Assessor(kernel, compiled=False, lanes=n)
-    [(_, _, verdict)] = assessor.assess(voxels, solution, shared)
+    common, group = (None, None) if shared is None else shared
+    verdict = assess(kernel, Ended(position, voxels, common), group)
     steps = torch.diagonal(verdict.covariance, dim1=0, dim2=1).T.sqrt()
     return standard_deviations(kernel, position, verdict.at_bound, verdict.covariance), steps
 

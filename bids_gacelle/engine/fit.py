@@ -40,11 +40,10 @@ from bids_gacelle.engine.objective import (
     make_objective,
 )
 from bids_gacelle.engine.regularise import Regulariser
-from bids_gacelle.engine.result import BlockMaps, BlockResult, FitResult, Maps
+from bids_gacelle.engine.result import Assessor, BlockResult, FitResult, Maps
 from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver, settings_options
 from bids_gacelle.engine.spatial_fit import EXTRA_STARTS, SpatialPlan, plan_spatial
 from bids_gacelle.engine.study import Block, Study
-from bids_gacelle.engine.uncertainty import Assessor
 
 _PRECISIONS = {
     "float32": torch.float32,
@@ -504,11 +503,7 @@ class _Fitter:
     def _fit_block(self, block: Block, report: Callable[[float], None]) -> BlockResult:
         exact = self.with_noise(block)
         solution = self.solver.solve(self.problem(self.kernel, exact, report))
-        solution = replace(solution, position=solution.position.double())
-        maps = BlockMaps(self.assessor, exact.data.shape[-1])
-        for part, ended, verdict in self.assessor.assess(exact, solution, block.shared):
-            maps.store(part, block.scale[part], ended, verdict)
-        return maps.result
+        return self.assessor.results(exact, solution, block.scale, block.shared)
 
     def problem(
         self, kernel: Kernel, exact: Voxels, report: Callable[[float], None] = lambda share: None

@@ -135,10 +135,6 @@ class SharedFactor(NamedTuple):
     sigma: Tensor
     group: Tensor
 
-    def take(self, index: slice) -> SharedFactor:
-        """Return the voxels at `index`."""
-        return self._replace(sigma=self.sigma[:, index])
-
 
 class NormalEquations(NamedTuple):
     """Cost (voxels,), gradient (P, voxels), and Gauss-Newton Hessian in `packed` order."""
@@ -527,13 +523,15 @@ class _Traced:
         known = [*given, *left]
         place = {id(known[k]): k for k in reversed(range(len(known)))}
         inputs = [(place.get(id(tensor)), tensor) for tensor in entered]
-        inputs = [(k, tensor if k is None else None) for k, tensor in inputs]
+        kept: list[tuple[int | None, Tensor | None]] = [
+            (k, tensor if k is None else None) for k, tensor in inputs
+        ]
         single = isinstance(result, Tensor)
         outputs = [place.get(id(value)) for value in ((result,) if single else result)]
         make = getattr(type(result), "_make", tuple)
 
         def call(given: list[Tensor]) -> Any:
-            left = code(*[constant if k is None else given[k] for k, constant in inputs])
+            left = code(*[constant if k is None else given[k] for k, constant in kept])
             known = [*given, *left]
             values = [None if k is None else known[k] for k in outputs]
             return values[0] if single else make(values)

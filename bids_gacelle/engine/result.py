@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bids_gacelle.engine.kernels import Kernel, span
+from bids_gacelle.engine.kernels import Kernel, SharedFactor, Voxels, span
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.solvers import Solution
 from bids_gacelle.engine.study import Study
-from bids_gacelle.engine.uncertainty import Assessment, Assessor, standard_deviations
+from bids_gacelle.engine.uncertainty import Ended, assess, standard_deviations
 
 FLAG_OUTSIDE = 1
 FLAG_AT_BOUND = 2
@@ -31,6 +31,12 @@ FLAG_NAMES = {
     FLAG_SEVERAL_MINIMA: "several minima of similar depth",
     FLAG_IMPLAUSIBLE: "excluded by a plausibility rule",
 }
+
+# Voxels assessed at once: tensors of double precision that stay in a processor's cache ...
+_AT_ONCE = 1024
+_AT_ONCE_COMPILED = 4096
+# ... or keep a GPU busy.
+_AT_ONCE_CUDA = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -80,76 +86,114 @@ class BlockResult(NamedTuple):
     winner: Tensor
 
 
-class BlockMaps:
-    """Collects the results of one block on the device, in single precision.
+class Assessor:
+    """Turns the solutions of one model into results, compiled when asked for.
 
     Parameters
     ----------
-    assessor
-        Judges the voxels that are stored.
-    n
-        Usable voxels of the block.
+    kernel
+        In double precision.
+    compiled
+        Whether to compile.
+    lanes
+        On a GPU so many voxels at once, if that many fit.
     """
 
-    def __init__(self, assessor: Assessor, n: int) -> None:
-        kernel = assessor.kernel
-        model, device = kernel.model, kernel.device
-        names = (*model.parameter_names, *model.derived_names)
+    def __init__(self, kernel: Kernel, *, compiled: bool, lanes: int) -> None:
+        self.kernel = kernel
+        on_gpu = kernel.device.type == "cuda"
+        most = _AT_ONCE_COMPILED if compiled else _AT_ONCE
+        self._size = max(min(lanes, _AT_ONCE_CUDA), _AT_ONCE) if on_gpu else most
+        self._found = kernel.compile("results", self._results) if compiled else self._results
 
-        def in_units(*known: Tensor) -> tuple[Tensor, Tensor]:
-            return _in_units(kernel, *known)
-
-        self._in_units = kernel.compile("maps", in_units) if assessor.compiled else in_units
-        self._size = assessor.at_once if assessor.compiled else None
-
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(*shape, n, dtype=dtype, device=device)
-
-        self.result = BlockResult(
-            values=empty(len(names)),
-            std=empty(len(names)),
-            flags=empty(dtype=torch.uint8),
-            nrmse=empty(),
-            chi2=empty(),
-            at_bound=empty(len(model.parameters), dtype=torch.bool),
-            evaluations=empty(dtype=torch.int32),
-            winner=empty(dtype=torch.int32),
-        )
-
-    def store(
-        self,
-        part: slice,
-        scale: Tensor,
-        solution: Solution,
-        assessment: Assessment,
-    ) -> None:
-        """Store some voxels.
+    def results(
+        self, voxels: Voxels, solution: Solution, scale: Tensor, shared: SharedFactor | None = None
+    ) -> BlockResult:
+        """Return the results of voxels.
 
         Parameters
         ----------
-        part
-            Which of the block.
-        scale
-            What their data were divided by.
-        solution, assessment
+        voxels
             In double precision.
+        solution
+            In any precision.
+        scale
+            (voxels,) what their data were divided by.
+        shared
+            Noise that measurements share.
         """
-        n = len(scale)
-        known = (solution.position, assessment.at_bound, assessment.covariance, scale)
-        # Of one size, to which a compiled function is bound.
-        values, std = self._in_units(*(span(tensor, 0, self._size or n) for tensor in known))
-        out = self.result
-        out.values[:, part], out.std[:, part] = values[:, :n], std[:, :n]
-        out.flags[part] = (
-            assessment.at_bound.any(0) * FLAG_AT_BOUND
+        model, n, size = self.kernel.model, len(scale), self._size
+        names = (*model.parameter_names, *model.derived_names)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(*shape, n, dtype=dtype, device=scale.device)
+
+        found = _Found(
+            values=empty(len(names)),
+            std=empty(len(names)),
+            nrmse=empty(),
+            chi2=empty(),
+            at_bound=empty(len(model.parameters), dtype=torch.bool),
+            rivals=empty(dtype=torch.bool),
+        )
+        several = len(solution.ends) > 1
+        for begin in range(0, n, size):
+
+            def part(tensor: Tensor | None, begin: int = begin) -> Tensor | None:
+                return None if tensor is None else span(tensor, begin, size).double()
+
+            ended = Ended(
+                position=span(solution.position, begin, size).double(),
+                voxels=voxels.span(begin, size),
+                common=part(shared.sigma if shared else None),
+                slopes=part(solution.slopes),
+                ends=part(solution.ends if several else None),
+                end_costs=part(solution.end_costs if several else None),
+            )
+            group = shared.group if shared else None
+            pieces = self._found(ended, span(scale, begin, size), group)
+            for whole, piece in zip(found, pieces, strict=True):
+                there = whole[..., begin : begin + size]
+                there.copy_(piece[..., : there.shape[-1]])
+        flags = (
+            found.at_bound.any(0) * FLAG_AT_BOUND
             + ~solution.converged * FLAG_NOT_CONVERGED
-            + assessment.rivals * FLAG_SEVERAL_MINIMA
-        ).to(torch.uint8)
-        out.nrmse[part] = (assessment.squares / assessment.power).sqrt().float()
-        out.chi2[part] = assessment.chi2.float()
-        out.at_bound[:, part] = assessment.at_bound
-        out.evaluations[part] = solution.evaluations.int()
-        out.winner[part] = solution.winner.int()
+            + found.rivals * FLAG_SEVERAL_MINIMA
+        )
+        return BlockResult(
+            values=found.values,
+            std=found.std,
+            flags=flags.to(torch.uint8),
+            nrmse=found.nrmse,
+            chi2=found.chi2,
+            at_bound=found.at_bound,
+            evaluations=solution.evaluations.int(),
+            winner=solution.winner.int(),
+        )
+
+    def _results(self, ended: Ended, scale: Tensor, group: Tensor | None) -> _Found:
+        verdict = assess(self.kernel, ended, group)
+        known = (ended.position, verdict.at_bound, verdict.covariance, scale)
+        values, std = _in_units(self.kernel, *known)
+        return _Found(
+            values=values,
+            std=std,
+            nrmse=(verdict.squares / verdict.power).sqrt().float(),
+            chi2=verdict.chi2.float(),
+            at_bound=verdict.at_bound,
+            rivals=verdict.rivals,
+        )
+
+
+class _Found(NamedTuple):
+    """What is found out of voxels from where they ended."""
+
+    values: Tensor
+    std: Tensor
+    nrmse: Tensor
+    chi2: Tensor
+    at_bound: Tensor
+    rivals: Tensor
 
 
 def _in_units(
@@ -166,10 +210,12 @@ def _in_units(
             std[parameter.name] = std[parameter.name] * scale
     maps, deviations = [], []
     for name in (*model.parameter_names, *model.derived_names):
-        finite = values[name].isfinite()
+        # NaN is not below it; one comparison is compiled better than a test for two things.
+        finite = values[name].abs() < torch.inf
         maps.append(torch.where(finite, values[name], torch.nan).float())
         deviation = std[name].float()
-        deviations.append(torch.where(finite & deviation.isfinite(), deviation, torch.nan))
+        known = torch.where(deviation.abs() < torch.inf, deviation, torch.nan)
+        deviations.append(torch.where(finite, known, torch.nan))
     return torch.stack(maps), torch.stack(deviations)
 
 

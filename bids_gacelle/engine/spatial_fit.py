@@ -25,14 +25,13 @@ from bids_gacelle.engine.regularise import (
     check_regularisers,
     check_voxel_size,
 )
-from bids_gacelle.engine.result import BlockMaps, BlockResult, Maps
+from bids_gacelle.engine.result import Assessor, BlockResult, Maps
 from bids_gacelle.engine.solvers import Problem, Settings, Solution, Solver
 from bids_gacelle.engine.solvers.adam import minimise_whole
 from bids_gacelle.engine.solvers.admm import AdmmSettings, Ended, Pull, minimise_with_terms
 from bids_gacelle.engine.solvers.lm import LmSettings, minimise
 from bids_gacelle.engine.solvers.lm import solve as solve_by_lm
 from bids_gacelle.engine.study import Block, Study
-from bids_gacelle.engine.uncertainty import Assessor
 
 # ADMM costs about as much as so many more starts.
 EXTRA_STARTS = 15
@@ -463,10 +462,8 @@ class _SpatialFit:
             if not settled:
                 unsettled = torch.zeros_like(solution.converged)
                 solution = replace(solution, converged=unsettled)
-            out = BlockMaps(assessor, exact.data.shape[-1])
-            for piece, ended, verdict in assessor.assess(exact, solution, block.shared):
-                out.store(piece, block.scale[piece], ended, verdict)
-            maps.put(part.start, block.usable, BlockResult(*self.fitter.link.fetch(out.result)()))
+            result = assessor.results(exact, solution, block.scale, block.shared)
+            maps.put(part.start, block.usable, BlockResult(*self.fitter.link.fetch(result)()))
             self._report(_STORE_FROM + (1 - _STORE_FROM) * part.stop / self.study.n)
 
     def _store_unusable(self, maps: Maps, start: _Start) -> None:

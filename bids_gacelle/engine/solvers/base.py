@@ -153,13 +153,6 @@ class Solution:
     end_costs: Tensor
     slopes: Tensor | None = None
 
-    def take(self, index: slice) -> Solution:
-        """Return the solution of some voxels."""
-        slopes = None if self.slopes is None else self.slopes[..., index]
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "slopes"}
-        taken = {name: tensor[..., index] for name, tensor in rest.items()}
-        return Solution(**taken, slopes=slopes)
-
 
 class Ends(NamedTuple):
     """Where all starts of all voxels ended, on the last axis: start by start, voxel by voxel."""
