@@ -8,7 +8,7 @@ import os
 import shutil
 import types
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,8 @@ _said: set[str] = set()
 _OPTIONS: dict[str, Any] = {
     "loop_ordering_after_fusion": True,
     "max_fusion_size": 2000,
+    # Looked at by `Compiled`.
+    "size_asserts": False,
 }
 
 
@@ -429,8 +431,9 @@ class Compiled:
         if self._failed:
             return self._function(*args)
         tensors: dict[int, Tensor] = {}
-        kind = tuple(_kind(args, tensors))
-        given = list(tensors.values())
+        unfolded: list[Any] = []
+        _unfold(args, tensors, unfolded)
+        kind, given = tuple(unfolded), list(tensors.values())
         call = self._calls.get(kind)
         return self._first_call(kind, args, given) if call is None else call(given)
 
@@ -463,23 +466,23 @@ class Compiled:
         return result
 
 
-def _kind(value: Any, tensors: dict[int, Tensor]) -> Iterator[Any]:
-    """Yield all of some arguments but the values of their tensors, which are collected by id."""
+def _unfold(value: Any, tensors: dict[int, Tensor], kind: list[Any]) -> None:
+    """List the tensors of some arguments by id, and as their kind all but what tensors hold."""
     if isinstance(value, Tensor):
         if id(value) in tensors:  # torch makes one input of the two
-            yield list(tensors).index(id(value))
+            kind.append(list(tensors).index(id(value)))
         else:
             tensors[id(value)] = value
-            yield value.shape, value.stride(), value.dtype
+            kind.append((value.shape, value.stride(), value.dtype))
     elif isinstance(value, tuple):
         for inner in value:
-            yield from _kind(inner, tensors)
+            _unfold(inner, tensors, kind)
     elif isinstance(value, dict):
         for name, inner in value.items():
-            yield name
-            yield from _kind(inner, tensors)
+            kind.append(name)
+            _unfold(inner, tensors, kind)
     else:
-        yield value
+        kind.append(value)
 
 
 class _Traced:

@@ -86,7 +86,7 @@ def test_a_model_object_keeps_what_was_compiled_for_it(monkeypatch):
     data = noisy(model, draw(model, 300, 41), 0.01, 42)
     first = fit(model, data, sigma=0.01)
     kept = dict(model.kept)
-    assert {key[0] for key in kept} == {"dictionary", "starts", "step", "moments", "maps"}
+    assert {key[0] for key in kept} == {"dictionary", "starts", "step", "refill", "results"}
     again = fit(model, data[:, :200], sigma=0.01)
     assert dict(model.kept) == kept
     np.testing.assert_array_equal(again.maps["fn"], first.maps["fn"][:200])

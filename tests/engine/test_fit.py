@@ -173,10 +173,10 @@ def test_inverse_of_what_is_partly_determined():
     slopes = rng.normal(size=(100, 9, 6)) * [1, 1e3, 1e-3, 1, 1, 1]
     slopes[..., 3] = slopes[..., 1] - 2e5 * slopes[..., 2]  # can make up for these two
     slopes[:50, :, 4] = 0  # has no influence
-    free = torch.ones(6, 100, dtype=torch.bool)
-    free[5, 20:80] = False
+    free = torch.ones(6, 100, dtype=torch.float64)
+    free[5, 20:80] = 0
     full = torch.tensor(slopes.transpose(0, 2, 1) @ slopes).permute(1, 2, 0)
-    inverse, undetermined = _inverse([full[i, j] for i, j in packed(6)], free)
+    inverse, undetermined = _inverse([full[i, j] for i, j in packed(6)], list(free))
     expected = [[False, True, True, True, no_influence, False] for no_influence in (True, False)]
     np.testing.assert_array_equal(undetermined.T, np.repeat(expected, 50, axis=0))
     for v in range(100):

@@ -6,13 +6,13 @@ a voxel is in nor on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from bids_gacelle.engine.kernels import Voxels
+from bids_gacelle.engine.kernels import Voxels, span
 from bids_gacelle.engine.replay import Replay, on_gpu
 from bids_gacelle.engine.solvers.base import Ends, Problem
 
@@ -76,6 +76,9 @@ class Lanes(Generic[State]):
         Iterations that `advance` makes.
     stale
         Fields that a lane may have as the voxel before left them, until its first step.
+    depends
+        What `load` depends on besides the kernel of the problem, for refilling to be compiled
+        where steps are; None: it is not. A GPU repeats what it recorded of it.
     """
 
     def __init__(
@@ -87,10 +90,11 @@ class Lanes(Generic[State]):
         advance: Callable[[State, Voxels], State],
         outcome: Callable[[State], Ends],
         stale: frozenset[str] = frozenset(),
+        depends: Hashable = None,
         length: int = 1,
     ) -> None:
-        self.problem, self.starts, self.stale = problem, starts, stale
-        self.load, self.step, self.outcome = load, advance, outcome
+        self.problem, self.starts = problem, starts
+        self.step, self.outcome = advance, outcome
         self.n_items = starts.shape[1]
         self.n_voxels = problem.voxels.data.shape[-1]
         # A compiled step is bound to its shapes: one number of lanes for all blocks, to the end.
@@ -105,7 +109,8 @@ class Lanes(Generic[State]):
         while lanes < min(self.n_items, most):
             lanes *= 2
         self.left, self.told = max(self.n_items - lanes, 0), 0.0
-        item = torch.arange(lanes, device=starts.device).clamp_max(self.n_items)
+        self.numbers = torch.arange(lanes, device=starts.device)
+        item = self.numbers.clamp_max(self.n_items)
         first, voxels = self._take(item)
         fresh = load(first, voxels)
         fresh = fresh._replace(running=fresh.running * (item < self.n_items))
@@ -114,6 +119,10 @@ class Lanes(Generic[State]):
             tensor.clone(memory_format=torch.contiguous_format) for tensor in fresh
         )
         queue = torch.full_like(item[0], self.n_items - self.left)
+        self.end = torch.full_like(queue, self.n_items)
+        self.refill = _refill(load, stale)
+        if self.fixed and not gpu and depends is not None:
+            self.refill = problem.kernel.compile("refill", self.refill, depends)
         self.work = Work(state, voxels, item, queue)
         # The last place is for lanes that have no item.
         self.ends = Ends(
@@ -157,23 +166,11 @@ class Lanes(Generic[State]):
         return work._replace(state=state)
 
     def _refilled(self, work: Work) -> Work:
-        """Return the work with the next items in idle lanes, having kept where theirs ended.
-
-        All lanes are written, so that nothing depends on how many of them are idle.
-        """
+        """Return the work with the next items in idle lanes, having kept where theirs ended."""
         self._keep(work)
-        idle = work.state.running == 0
-        place = work.queue + idle.cumsum(0) - 1
-        renewed = idle & (place < self.n_items)
-        item = torch.where(renewed, place, work.item)
-        start, voxels = self._take(item)
-        state = work.state
-        changed = {
-            name: torch.where(renewed, new, getattr(state, name))
-            for name, new in self.load(start, voxels)._asdict().items()
-            if name not in self.stale
-        }
-        return Work(state._replace(**changed), voxels, item, work.queue + renewed.sum())
+        found = iter(self.refill(work, *self._next(work), self.end))
+        state = work.state._make(next(found) for _ in work.state)
+        return Work(state, work.voxels.map(lambda _: next(found)), next(found), next(found))
 
     def _keep(self, work: Work) -> None:
         """Store where items are; those still worked on are stored again later."""
@@ -186,6 +183,13 @@ class Lanes(Generic[State]):
         voxel = item if self.n_items == self.n_voxels else item % self.n_voxels
         return self.starts.index_select(-1, item), self.problem.voxels.take(voxel)
 
+    def _next(self, work: Work) -> tuple[Tensor, Voxels]:
+        """Return starts and voxels of the next items, as many as there are lanes."""
+        if self.recorded or self.n_items != self.n_voxels:
+            return self._take(work.queue + self.numbers)
+        begin, lanes = self.n_items - self.left, len(work.item)
+        return span(self.starts, begin, lanes), self.problem.voxels.span(begin, lanes)
+
     def _shrink(self, n_running: int) -> None:
         """Drop idle lanes once the queue is empty; their number is halved and halved again."""
         self._keep(self.work)
@@ -196,3 +200,33 @@ class Lanes(Generic[State]):
         index = torch.argsort(state.running == 0, stable=True)[:lanes]
         state = state._make(tensor.index_select(-1, index) for tensor in state)
         self.work = Work(state, voxels.take(index), item[index], queue)
+
+
+def _refill(
+    load: Callable[[Tensor, Voxels], Any], stale: frozenset[str]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Return what puts the next items in idle lanes; it holds on to no data."""
+
+    def refill(work: Work, starts: Tensor, voxels: Voxels, end: Tensor) -> tuple[Tensor, ...]:
+        # All lanes are written, so that nothing depends on how many of them are idle.
+        idle = work.state.running == 0
+        rank = idle.cumsum(0) - 1
+        item = work.queue + rank
+        renewed = idle & (item < end)
+        rank = rank.clamp_min(0)
+        state, following = work.state, voxels.take(rank)
+        fresh = load(starts.index_select(-1, rank), following)
+        changed = {
+            name: torch.where(renewed, new, getattr(state, name))
+            for name, new in fresh._asdict().items()
+            if name not in stale
+        }
+        pairs = zip(following.tensors(), work.voxels.tensors(), strict=True)
+        return (
+            *state._replace(**changed),
+            *(torch.where(renewed, new, old) for new, old in pairs),
+            torch.where(renewed, item, work.item),
+            work.queue + renewed.sum(),
+        )
+
+    return refill
