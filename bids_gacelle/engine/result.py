@@ -34,8 +34,9 @@ FLAG_NAMES = {
 
 # Voxels assessed at once: tensors of double precision that stay in a processor's cache ...
 _AT_ONCE = 1024
-_AT_ONCE_COMPILED = 4096
-# ... or keep a GPU busy.
+# ... derivatives in so many bytes, of so many voxels, where compiled code is called ...
+_CACHED, _FEWEST, _MOST = 1_300_000, 512, 4096
+# ... or what keeps a GPU busy.
 _AT_ONCE_CUDA = 1 << 16
 
 
@@ -101,9 +102,10 @@ class Assessor:
 
     def __init__(self, kernel: Kernel, *, compiled: bool, lanes: int) -> None:
         self.kernel = kernel
-        on_gpu = kernel.device.type == "cuda"
-        most = _AT_ONCE_COMPILED if compiled else _AT_ONCE
-        self._size = max(min(lanes, _AT_ONCE_CUDA), _AT_ONCE) if on_gpu else most
+        if kernel.device.type == "cuda":
+            self._size = max(min(lanes, _AT_ONCE_CUDA), _AT_ONCE)
+        else:
+            self._size = _cached(kernel.model) if compiled else _AT_ONCE
         self._found = kernel.compile("results", self._results) if compiled else self._results
 
     def results(
@@ -183,6 +185,14 @@ class Assessor:
             at_bound=verdict.at_bound,
             rivals=verdict.rivals,
         )
+
+
+def _cached(model: SignalModel) -> int:
+    """Return how many voxels to assess at once by compiled code, a power of two."""
+    size, each = _MOST, 8 * model.n_measurements * (len(model.parameters) + 1)
+    while size > _FEWEST and size * each > _CACHED:
+        size //= 2
+    return size
 
 
 class _Found(NamedTuple):
