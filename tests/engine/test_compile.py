@@ -1,13 +1,22 @@
 """The compile switch: same answers as eager, and eager when compilation is impossible."""
 
+import gc
 import logging
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
-from bids_gacelle.engine import EngineError, fit, kernels
+from bids_gacelle.engine import (
+    EngineError,
+    GradientEchoScheme,
+    Parameter,
+    fit,
+    kernels,
+    signal_model,
+)
 from bids_gacelle.engine.kernels import (
     COMPILE_VARIABLE,
     Compiled,
@@ -104,11 +113,93 @@ class Shift:
         return x + self.by
 
 
+needs_compiler = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+]
+
+
+class TestCompiled:
+    pytestmark = needs_compiler
+
+    def test_functions_of_many_models_share_no_limit(self):
+        """torch compiles one code object so many times, and all steps have the same code."""
+        with torch._dynamo.config.patch(recompile_limit=1):
+            shifts = [Compiled(Shift(by)) for by in (1.0, 2.0, 3.0)]
+            assert [float(shift(torch.zeros(8))[0]) for shift in shifts] == [1, 2, 3]
+            sizes = (3, 5, 7)
+            assert [float(shifts[0](torch.ones(n)).sum()) for n in sizes] == [6, 10, 14]
+        assert all(shift.works for shift in shifts)
+
+    def test_arguments_of_any_kind(self):
+        factor = torch.arange(4.0)  # a constant
+
+        def function(pair, named, number):
+            first, nothing = pair
+            assert nothing is None
+            return first * factor + named["b"] * number, None, named["b"]
+
+        compiled = Compiled(function)
+        one, two = torch.ones(4), torch.full((4,), 2.0)
+        for first, b, number in ((one, two, 3), (two, one, 3), (one, one, 3), (one, two, 5)):
+            result = compiled((first, None), {"b": b}, number)
+            wanted = function((first, None), {"b": b}, number)
+            assert torch.equal(result[0], wanted[0])
+            assert result[1] is None
+            assert torch.equal(result[2], b)
+        assert compiled.works
+        assert isinstance(Compiled(torch.neg)(one), torch.Tensor)
+
+    def test_what_a_function_depends_on_is_looked_at_in_every_fit(self):
+        with torch._dynamo.config.patch(recompile_limit=2):
+            shift = Shift(1.0)
+            compiled = Compiled(shift)
+            for by in (1.0, 2.0, torch.tensor(3.0), 4.0, 2.0, 5.0):
+                shift.by = by
+                compiled.look_again()
+                assert float(compiled(torch.zeros(8))[0]) == by
+            assert compiled.works
+
+    def test_values_that_decide_are_not_compiled_in(self, caplog, monkeypatch):
+        monkeypatch.setattr(kernels, "_said", set())
+        compiled = Compiled(lambda x: x if x.sum() > 0 else -x)
+        for x in (torch.ones(3), -torch.ones(3), torch.ones(3)):
+            assert torch.equal(compiled(x), torch.ones(3))
+        assert not compiled.works
+        assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+
+    def test_no_argument_is_held(self):
+        compiled = Compiled(Shift(1.0))
+        x = torch.zeros(8)
+        held = weakref.ref(x)
+        compiled(x)
+        compiled(x)
+        del x
+        gc.collect()
+        assert held() is None
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_functions_of_many_models_share_no_limit():
-    """torch compiles one code object so many times, and all steps have the same code."""
-    with torch._dynamo.config.patch(recompile_limit=1):
-        shifts = [Compiled(Shift(by)) for by in (1.0, 2.0, 3.0)]
-        assert [float(shift(torch.zeros(8))[0]) for shift in shifts] == [1, 2, 3]
-    assert all(shift.works for shift in shifts)
+def test_a_constant_that_changes_between_fits_is_not_an_old_one(monkeypatch):
+    monkeypatch.setenv(COMPILE_VARIABLE, "always")
+    offset = {"by": 0.0}
+
+    @signal_model(
+        kind="megre",
+        parameters=(
+            Parameter("s0", "1", "Signal", bounds=(0.1, 10.0), start=(0.5, 2.0)),
+            Parameter("rate", "1/s", "Rate", bounds=(0.1, 100.0), start=(5.0, 50.0)),
+        ),
+    )
+    def raised(params, scheme):
+        return params["s0"] * torch.exp(-params["rate"] * scheme.echo_time) + offset["by"]
+
+    model = raised(GradientEchoScheme(echo_time=np.linspace(0.01, 0.08, 8)))
+    truth = {"s0": torch.ones(50).double(), "rate": torch.linspace(5, 40, 50).double()}
+    for by in (0.0, 0.3):
+        offset["by"] = by
+        data = model.signal(truth).numpy()
+        result = fit(model, data)
+        assert result.settings["compiled"]
+        np.testing.assert_allclose(result.maps["rate"], truth["rate"], rtol=1e-3)

@@ -140,7 +140,7 @@ def minimise(problem: Problem, starts: Tensor, most_evaluations: int | None = No
             state.position, state.cost, state.evaluations - spent, state.converged
         ),
         stale=frozenset({"gradient", "hessian", "predicted"}),
-        depends=(settings, spent),
+        depends=spent,
     )
     ends = lanes.run()
     return ends._replace(converged=ends.converged > 0)
