@@ -223,7 +223,7 @@ class Kernel:
         )
         self.width = self._column([high - low for low, high in coordinates])
         self.averages = self._averages()
-        self.compiled: dict[str, Compiled] = {}
+        self.compiled: dict[tuple[str, tuple[Hashable, ...]], Compiled] = {}
         self.recording: torch.cuda.CUDAGraph | None = None
         self.recordable: dict[str, bool | None] = {}
 
@@ -247,12 +247,12 @@ class Kernel:
     def compile(
         self, name: str, function: Callable[..., Any], *depends: Hashable, once: bool = False
     ) -> Callable[..., Any]:
-        """Return the function compiled, under this name for all blocks of a fit.
+        """Return the function compiled, the same for all blocks of a fit.
 
         Parameters
         ----------
         name
-            One name in a kernel stands for one function.
+            One name, and what the function depends on, stand for one function in a kernel.
         function
             A pure function of tensors.
         depends
@@ -261,14 +261,14 @@ class Kernel:
         once
             It depends on more than can be told.
         """
-        if name not in self.compiled:
+        if (name, depends) not in self.compiled:
             objective, parameters = self.objective, self.model.parameters
             key = (name, depends, objective.noise, objective.loss, objective.corner, parameters)
             kept = {} if once else self.model.kept
             compiled = kept.setdefault((*key, self.dtype, self.device), Compiled(function))
             compiled.look_again()
-            self.compiled[name] = compiled
-        return self.compiled[name]
+            self.compiled[name, depends] = compiled
+        return self.compiled[name, depends]
 
     def _column(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=self.dtype, device=self.device)[:, None]
@@ -440,10 +440,13 @@ class Compiled:
     def _first_call(
         self, kind: tuple[Any, ...], args: tuple[Any, ...], given: list[Tensor]
     ) -> Any:
-        if kind not in self._traced:
+        known = kind in self._traced
+        if not known:
             self._function(*args)  # fills caches of constants, which a trace had better find full
         try:
-            traced = self._traced.setdefault(kind, _Traced(self._function))
+            if not known:
+                self._traced[kind] = _Traced(self._function)
+            traced = self._traced[kind]
             # What torch's own passes warn about concerns nobody here.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

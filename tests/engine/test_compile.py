@@ -20,8 +20,10 @@ from bids_gacelle.engine import (
 from bids_gacelle.engine.kernels import (
     COMPILE_VARIABLE,
     Compiled,
+    Kernel,
     compile_wanted,
 )
+from bids_gacelle.engine.objective import Objective
 
 from .helpers import draw, make_model, noisy
 
@@ -130,6 +132,11 @@ class TestCompiled:
             sizes = (3, 5, 7)
             assert [float(shifts[0](torch.ones(n)).sum()) for n in sizes] == [6, 10, 14]
         assert all(shift.works for shift in shifts)
+
+    def test_functions_of_one_name_that_depend_on_different_things(self):
+        kernel = Kernel(make_model("r2star"), Objective(), torch.float32, CPU)
+        for by in (1.0, 2.0, 1.0):
+            assert float(kernel.compile("shift", Shift(by), by)(torch.zeros(8))[0]) == by
 
     def test_arguments_of_any_kind(self):
         factor = torch.arange(4.0)  # a constant
