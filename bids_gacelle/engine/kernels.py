@@ -8,7 +8,7 @@ import os
 import shutil
 import types
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +22,13 @@ from bids_gacelle.engine.physics import rician
 logger = logging.getLogger(__name__)
 
 COMPILE_VARIABLE = "BIDS_GACELLE_COMPILE"
+_said: set[str] = set()
 # Let inductor compute a voxel's measurements inside the loop that sums over them, and join the
 # many numbers of a step into one loop over voxels.
-_said: set[str] = set()
 _OPTIONS: dict[str, Any] = {
     "loop_ordering_after_fusion": True,
     "max_fusion_size": 2000,
-    # Looked at by `Compiled`.
-    "size_asserts": False,
+    "size_asserts": False,  # `Compiled` looks at sizes
 }
 
 
@@ -165,7 +164,7 @@ def settle(tensor: Tensor) -> Tensor:
     Without it the formulas of one pass are inlined into those of the next, and compiling takes
     minutes.
     """
-    if tensor.dtype == torch.bool:
+    if tensor.dtype == torch.bool:  # which would be stored one by one
         return settle(tensor.to(torch.float32)) > 0
     return tensor.as_strided(tensor.shape, tensor.stride())
 
@@ -521,25 +520,27 @@ class _Traced:
     def direct(self, given: list[Tensor], result: Any) -> Callable[[list[Tensor]], Any]:
         """Return the code called last as a function of the tensors given, to such a result.
 
-        What entered it and was not given is a constant of the function.
+        What entered it and was not given is a constant of the function, and so is what comes back
+        and did neither enter nor leave it.
         """
         code, entered, left = self._code, self._entered, self._left
         self._entered, self._left = (), ()
         assert code is not None
         known = [*given, *left]
         place = {id(known[k]): k for k in reversed(range(len(known)))}
-        inputs = [(place.get(id(tensor)), tensor) for tensor in entered]
-        kept: list[tuple[int | None, Tensor | None]] = [
-            (k, tensor if k is None else None) for k, tensor in inputs
-        ]
+
+        def placed(values: Iterable[Any]) -> list[tuple[int | None, Any]]:
+            places = [(place.get(id(value)), value) for value in values]
+            return [(k, value if k is None else None) for k, value in places]
+
         single = isinstance(result, Tensor)
-        outputs = [place.get(id(value)) for value in ((result,) if single else result)]
+        inputs, outputs = placed(entered), placed((result,) if single else result)
         make = getattr(type(result), "_make", tuple)
 
         def call(given: list[Tensor]) -> Any:
-            left = code(*[constant if k is None else given[k] for k, constant in kept])
+            left = code(*[constant if k is None else given[k] for k, constant in inputs])
             known = [*given, *left]
-            values = [None if k is None else known[k] for k in outputs]
+            values = [constant if k is None else known[k] for k, constant in outputs]
             return values[0] if single else make(values)
 
         return call

@@ -144,7 +144,7 @@ class TestCompiled:
         def function(pair, named, number):
             first, nothing = pair
             assert nothing is None
-            return first * factor + named["b"] * number, None, named["b"]
+            return first * factor + named["b"] * number, None, named["b"], factor, number
 
         compiled = Compiled(function)
         one, two = torch.ones(4), torch.full((4,), 2.0)
@@ -154,6 +154,8 @@ class TestCompiled:
             assert torch.equal(result[0], wanted[0])
             assert result[1] is None
             assert torch.equal(result[2], b)
+            assert torch.equal(result[3], factor)
+            assert result[4] == number
         assert compiled.works
         assert isinstance(Compiled(torch.neg)(one), torch.Tensor)
 

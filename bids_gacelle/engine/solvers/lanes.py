@@ -78,7 +78,7 @@ class Lanes(Generic[State]):
         Fields that a lane may have as the voxel before left them, until its first step.
     depends
         What `load` depends on besides the kernel of the problem, for refilling to be compiled
-        where steps are; None: it is not. A GPU repeats what it recorded of it.
+        where steps are, unless a GPU records it; None: it is not.
     """
 
     def __init__(
