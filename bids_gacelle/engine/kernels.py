@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import threading
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -28,7 +29,7 @@ _said: set[str] = set()
 _OPTIONS: dict[str, Any] = {
     "loop_ordering_after_fusion": True,
     "max_fusion_size": 2000,
-    "size_asserts": False,  # `Compiled` looks at sizes
+    "size_asserts": False,  # `Compiled` looks at those of arguments
 }
 
 
@@ -399,27 +400,27 @@ class Compiled:
     """A function compiled at its first call; eager, with one logged line, when that fails.
 
     At every call torch looks whether anything changed that the function could depend on, which
-    takes as long as a step of a small model. Here it looks once in a fit, and then the code is
-    called directly.
+    takes as long as a step of a small model. Here it looks once in a fit, for each kind of
+    arguments, and then the code is called directly.
 
     Parameters
     ----------
     function
         A pure function of tensors, numbers and None, also in tuples and dictionaries, to a tensor
-        or a tuple of tensors. It is compiled for each kind of arguments: shapes of tensors,
-        numbers, and what is None.
+        or a tuple of them. It is compiled for each kind of arguments: shapes of tensors, numbers,
+        and what is None.
+
+    Attributes
+    ----------
+    works
+        Whether compiled code was run.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._traced: dict[tuple[Any, ...], _Traced] = {}
+        self._looked: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._calls: dict[tuple[Any, ...], Callable[[list[Tensor]], Any]] = {}
-        self._failed = False
-
-    @property
-    def works(self) -> bool:
-        """Whether compiled code was run."""
-        return bool(self._traced) and not self._failed
+        self._failed = self.works = False
 
     def look_again(self) -> None:
         """Let torch look once more at what the function depends on."""
@@ -439,20 +440,19 @@ class Compiled:
     def _first_call(
         self, kind: tuple[Any, ...], args: tuple[Any, ...], given: list[Tensor]
     ) -> Any:
-        known = kind in self._traced
+        known = kind in self._looked
         if not known:
             self._function(*args)  # fills caches of constants, which a trace had better find full
         try:
             if not known:
-                self._traced[kind] = _Traced(self._function)
-            traced = self._traced[kind]
+                self._looked[kind] = _looked_at(self._function)
             # What torch's own passes warn about concerns nobody here.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                result = traced(*args)
-            self._calls[kind] = traced.direct(given, result)
+                result, self._calls[kind] = _with_direct(self._looked[kind], args, given)
+            self.works = True
         except torch._dynamo.exc.FailOnRecompileLimitHit:
-            del self._traced[kind]  # what it depends on changed so often that it is given up
+            del self._looked[kind]  # what it depends on changed so often that it is given up
             return self._first_call(kind, args, given)
         except torch.cuda.OutOfMemoryError:
             raise
@@ -463,7 +463,7 @@ class Compiled:
             if line not in _said:  # several functions of one fit fail for one reason
                 logger.warning("Compilation failed, continuing without: %s", line)
                 _said.add(line)
-            self._failed = True
+            self._failed, self.works = True, False
             return self._function(*args)
         return result
 
@@ -472,78 +472,86 @@ def _unfold(value: Any, tensors: dict[int, Tensor], kind: list[Any]) -> None:
     """List the tensors of some arguments by id, and as their kind all but what tensors hold."""
     if isinstance(value, Tensor):
         if id(value) in tensors:  # torch makes one input of the two
-            kind.append(list(tensors).index(id(value)))
+            kind.append(("again", list(tensors).index(id(value))))
         else:
             tensors[id(value)] = value
             kind.append((value.shape, value.stride(), value.dtype))
     elif isinstance(value, tuple):
+        kind.append((tuple, len(value)))
         for inner in value:
             _unfold(inner, tensors, kind)
     elif isinstance(value, dict):
-        for name, inner in value.items():
-            kind.append(name)
+        kind.append((dict, tuple(value)))
+        for inner in value.values():
             _unfold(inner, tensors, kind)
     else:
-        kind.append(value)
+        kind.append((type(value), value))
 
 
-class _Traced:
-    """A function that torch looks at and compiles, which tells what code was called with what."""
+def _looked_at(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that torch compiles, and looks at in every call."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        def call(*args: Any) -> Any:
-            return function(*args)
+    def call(*args: Any) -> Any:
+        return function(*args)
 
-        # torch keeps what it compiled, up to a limit, by code object, which all functions made
-        # here share: the ninth of a process would run eager.
-        own = types.FunctionType(
-            call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
-        )
-        self._call = torch.compile(own, backend=self._backend, dynamic=False, fullgraph=True)
-        self._code: Callable[..., Sequence[Tensor]] | None = None
-        self._entered: tuple[Tensor, ...] = ()
-        self._left: Sequence[Tensor] = ()
+    # torch keeps what it compiled, up to a limit, by code object, which all functions made here
+    # share: the ninth of a process would run eager.
+    own = types.FunctionType(
+        call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
+    )
+    return torch.compile(own, backend=_backend, dynamic=False, fullgraph=True)
 
-    def _backend(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        code = torch._inductor.compile(graph, examples, options=_OPTIONS)
 
-        def call(*entering: Tensor) -> Sequence[Tensor]:
-            self._code, self._entered, self._left = code, entering, code(*entering)
-            return self._left
+# What code was called last in a thread, with which tensors, and what it returned. torch keeps
+# backends and what they return for ever: these must not know a function, and by it a model.
+_last = threading.local()
 
-        return call
 
-    def __call__(self, *args: Any) -> Any:
-        """Return the result, compiled before if need be."""
-        return self._call(*args)
+def _backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+    code = torch._inductor.compile(graph, examples, options=_OPTIONS)
 
-    def direct(self, given: list[Tensor], result: Any) -> Callable[[list[Tensor]], Any]:
-        """Return the code called last as a function of the tensors given, to such a result.
+    def call(*entering: Tensor) -> Sequence[Tensor]:
+        left = code(*entering)
+        _last.call = code, entering, left
+        return left
 
-        What entered it and was not given is a constant of the function, and so is what comes back
-        and did neither enter nor leave it.
-        """
-        code, entered, left = self._code, self._entered, self._left
-        self._entered, self._left = (), ()
-        assert code is not None
+    return call
+
+
+def _with_direct(
+    looked: Callable[..., Any], args: tuple[Any, ...], given: list[Tensor]
+) -> tuple[Any, Callable[[list[Tensor]], Any]]:
+    """Return the result, and its code as a function of the tensors given.
+
+    What enters the code and is not given is a constant of the function.
+    """
+    _last.call = None
+    result = looked(*args)
+    if _last.call is None:
+        raise RuntimeError("no code was called")
+    (code, entered, left), _last.call = _last.call, None
+    known = [*given, *left]
+    place = {id(known[k]): k for k in reversed(range(len(known)))}
+    single = isinstance(result, Tensor)
+    results = (result,) if single else result
+    for value in results:
+        if isinstance(value, tuple | list | dict | Tensor) and id(value) not in place:
+            raise TypeError(f"a result is no tensor that was computed: {type(value).__name__}")
+    make = getattr(type(result), "_make", tuple)
+
+    def placed(values: Iterable[Any]) -> list[tuple[int | None, Any]]:
+        places = [(place.get(id(value)), value) for value in values]
+        return [(k, value if k is None else None) for k, value in places]
+
+    inputs, outputs = placed(entered), placed(results)
+
+    def call(given: list[Tensor]) -> Any:
+        left = code(*[constant if k is None else given[k] for k, constant in inputs])
         known = [*given, *left]
-        place = {id(known[k]): k for k in reversed(range(len(known)))}
+        values = [constant if k is None else known[k] for k, constant in outputs]
+        return values[0] if single else make(values)
 
-        def placed(values: Iterable[Any]) -> list[tuple[int | None, Any]]:
-            places = [(place.get(id(value)), value) for value in values]
-            return [(k, value if k is None else None) for k, value in places]
-
-        single = isinstance(result, Tensor)
-        inputs, outputs = placed(entered), placed((result,) if single else result)
-        make = getattr(type(result), "_make", tuple)
-
-        def call(given: list[Tensor]) -> Any:
-            left = code(*[constant if k is None else given[k] for k, constant in inputs])
-            known = [*given, *left]
-            values = [constant if k is None else known[k] for k, constant in outputs]
-            return values[0] if single else make(values)
-
-        return call
+    return result, call
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,11 @@
 """The compile switch: same answers as eager, and eager when compilation is impossible."""
 
+import copy
 import gc
 import logging
 import shutil
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -144,7 +146,7 @@ class TestCompiled:
         def function(pair, named, number):
             first, nothing = pair
             assert nothing is None
-            return first * factor + named["b"] * number, None, named["b"], factor, number
+            return first * factor + named["b"] * number, None, named["b"], number
 
         compiled = Compiled(function)
         one, two = torch.ones(4), torch.full((4,), 2.0)
@@ -154,10 +156,48 @@ class TestCompiled:
             assert torch.equal(result[0], wanted[0])
             assert result[1] is None
             assert torch.equal(result[2], b)
-            assert torch.equal(result[3], factor)
-            assert result[4] == number
+            assert result[3] == number
         assert compiled.works
         assert isinstance(Compiled(torch.neg)(one), torch.Tensor)
+
+    def test_kinds_of_arguments_are_told_apart(self):
+        compiled = Compiled(lambda a, b: a + b)
+        one = torch.ones(3)
+        assert [float(compiled(one, b)[0]) for b in (one, 0, 1.0, True)] == [2, 1, 2, 2]
+        pairs = Compiled(lambda a, b: a[0] - b[-1])
+        two, four = torch.full((3,), 2.0), torch.full((3,), 4.0)
+        assert float(pairs((one, two), (four,))[0]) == -3
+        assert float(pairs((one,), (two, four))[0]) == -3
+        assert float(pairs((two,), (four, one))[0]) == 1
+        assert compiled.works
+        assert pairs.works
+
+    @pytest.mark.parametrize("part", [torch.ones(3), (torch.ones(3),)])
+    def test_results_that_are_not_understood_are_not_compiled(self, part):
+        compiled = Compiled(lambda x: (x + 1, part))
+        for _ in range(3):
+            result = compiled(torch.zeros(3))
+            assert torch.equal(result[0], torch.ones(3))
+            assert result[1] is part
+        assert not compiled.works
+
+    def test_copies_and_threads(self):
+        compiled = Compiled(lambda x: (x + 1, x * 2))
+        compiled(torch.zeros(3))
+        copied = copy.deepcopy(compiled)
+        for k in range(3):
+            assert float(copied(torch.full((3,), float(k)))[1][0]) == 2 * k
+
+        def many(value):
+            for _ in range(100):
+                compiled.look_again()
+                for _ in range(2):
+                    found = compiled(torch.full((3,), float(value)))
+                    assert float(found[0][0]) == value + 1
+                    assert float(found[1][0]) == value * 2
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(many, range(3)))
 
     def test_what_a_function_depends_on_is_looked_at_in_every_fit(self):
         with torch._dynamo.config.patch(recompile_limit=2):
@@ -177,8 +217,9 @@ class TestCompiled:
         assert not compiled.works
         assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
 
-    def test_no_argument_is_held(self):
-        compiled = Compiled(Shift(1.0))
+    def test_neither_arguments_nor_functions_are_held(self):
+        shift = Shift(1.0)
+        compiled = Compiled(shift)
         x = torch.zeros(8)
         held = weakref.ref(x)
         compiled(x)
@@ -186,6 +227,10 @@ class TestCompiled:
         del x
         gc.collect()
         assert held() is None
+        function = weakref.ref(shift)
+        del compiled, shift
+        gc.collect()
+        assert function() is None
 
 
 @pytest.mark.slow
