@@ -139,20 +139,20 @@ class Assessor:
             rivals=empty(dtype=torch.bool),
         )
         several = len(solution.ends) > 1
+        common, group = (None, None) if shared is None else shared
+
+        def part(tensor: Tensor | None, begin: int) -> Tensor | None:
+            return None if tensor is None else span(tensor, begin, size).double()
+
         for begin in range(0, n, size):
-
-            def part(tensor: Tensor | None, begin: int = begin) -> Tensor | None:
-                return None if tensor is None else span(tensor, begin, size).double()
-
             ended = Ended(
                 position=span(solution.position, begin, size).double(),
                 voxels=voxels.span(begin, size),
-                common=part(shared.sigma if shared else None),
-                slopes=part(solution.slopes),
-                ends=part(solution.ends if several else None),
-                end_costs=part(solution.end_costs if several else None),
+                common=part(common, begin),
+                slopes=part(solution.slopes, begin),
+                ends=part(solution.ends, begin) if several else None,
+                end_costs=part(solution.end_costs, begin) if several else None,
             )
-            group = shared.group if shared else None
             pieces = self._found(ended, span(scale, begin, size), group)
             for whole, piece in zip(found, pieces, strict=True):
                 there = whole[..., begin : begin + size]

@@ -117,15 +117,9 @@ class Shift:
         return x + self.by
 
 
-needs_compiler = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
-]
-
-
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 class TestCompiled:
-    pytestmark = needs_compiler
-
     def test_functions_of_many_models_share_no_limit(self):
         """torch compiles one code object so many times, and all steps have the same code."""
         with torch._dynamo.config.patch(recompile_limit=1):
