@@ -14,7 +14,7 @@ from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import Kernel, SharedFactor, Voxels
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.objective import PriorArgument, make_objective
-from bids_gacelle.engine.uncertainty import Ended, assess, standard_deviations
+from bids_gacelle.engine.uncertainty import EndPoints, assess, standard_deviations
 
 ASSUMED_SNR = 50.0
 """Of one image without diffusion weighting, or the strongest echo, where the noise is unknown."""
@@ -333,7 +333,7 @@ def _deviations(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return standard deviations by name and, of the parameters, in solver coordinates."""
     common, group = (None, None) if shared is None else shared
-    verdict = assess(kernel, Ended(position, voxels, common), group)
+    verdict = assess(kernel, EndPoints(position, voxels, common), group)
     steps = torch.diagonal(verdict.covariance, dim1=0, dim2=1).T.sqrt()
     return standard_deviations(kernel, position, verdict.at_bound, verdict.covariance), steps
 

@@ -15,7 +15,7 @@ from bids_gacelle.engine.kernels import Kernel, SharedFactor, Voxels, span
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.solvers import Solution
 from bids_gacelle.engine.study import Study
-from bids_gacelle.engine.uncertainty import Ended, assess, standard_deviations
+from bids_gacelle.engine.uncertainty import EndPoints, assess, standard_deviations
 
 FLAG_OUTSIDE = 1
 FLAG_AT_BOUND = 2
@@ -145,7 +145,7 @@ class Assessor:
             return None if tensor is None else span(tensor, begin, size).double()
 
         for begin in range(0, n, size):
-            ended = Ended(
+            ended = EndPoints(
                 position=span(solution.position, begin, size).double(),
                 voxels=voxels.span(begin, size),
                 common=part(common, begin),
@@ -173,7 +173,7 @@ class Assessor:
             winner=solution.winner.int(),
         )
 
-    def _results(self, ended: Ended, scale: Tensor, group: Tensor | None) -> _Found:
+    def _results(self, ended: EndPoints, scale: Tensor, group: Tensor | None) -> _Found:
         verdict = assess(self.kernel, ended, group)
         known = (ended.position, verdict.at_bound, verdict.covariance, scale)
         values, std = _in_units(self.kernel, *known)

@@ -24,7 +24,7 @@ _LEAST_PIVOT = 1e-14
 _LEAST_PART = 1e-6
 
 
-class Ended(NamedTuple):
+class EndPoints(NamedTuple):
     """Voxels whose fit has ended, all with voxels on the last axis, in double precision.
 
     Attributes
@@ -80,7 +80,7 @@ class Assessment(NamedTuple):
     rivals: Tensor
 
 
-def assess(kernel: Kernel, ended: Ended, group: Tensor | None = None) -> Assessment:
+def assess(kernel: Kernel, ended: EndPoints, group: Tensor | None = None) -> Assessment:
     """Return the facts about the end points of voxels.
 
     Parameters
@@ -245,7 +245,7 @@ def _propagated(slopes: Tensor, voxels: Voxels) -> Tensor:
     return (scaled[:, None] * scaled).sum(2)
 
 
-def _rivals(information: list[Tensor], variance: Tensor, ended: Ended) -> Tensor:
+def _rivals(information: list[Tensor], variance: Tensor, ended: EndPoints) -> Tensor:
     """Tell where another start ended as deep in a place the curvature of the best excludes."""
     rival = torch.zeros_like(variance)
     if ended.ends is None or ended.end_costs is None:
