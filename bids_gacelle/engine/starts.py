@@ -286,7 +286,7 @@ def _best_entry(
         misfit = torch.addmm(power, signal, data, alpha=-2)
     else:
         misfit = -((signal @ data).clamp_min(0) ** 2) / power
-    return misfit.amin(0), misfit.argmin(0), None
+    return *_lowest(misfit), None
 
 
 def _best_mixture(
@@ -315,14 +315,23 @@ def _best_mixture(
     gram = [[products[min(i, j), max(i, j)] for j in order] for i in order]
     slope = [torch.addmm(power(a, last), a, data, beta=-1) for a in others]
     alone = torch.addmm(power(last, last), last, data, alpha=-2)
-    misfit = lowest_cost(Mixing(gram, slope)) + alone
-    best = misfit.argmin(0)
+    lowest, best = _lowest(lowest_cost(Mixing(gram, slope)) + alone)
 
     def chosen(values: Tensor) -> Tensor:
-        return values.expand_as(misfit).gather(0, best[None])[0]
+        return values.expand(-1, len(best)).gather(0, best[None])[0]
 
     found = Mixing([[chosen(g) for g in row] for row in gram], [chosen(s) for s in slope])
-    return misfit.amin(0), best, best_weights(found)
+    return lowest, best, best_weights(found)
+
+
+def _lowest(misfit: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lowest misfit of each voxel, and its first entry; the last one where it is NaN.
+
+    A minimum and its place in one pass would go through a voxel's entries one by one.
+    """
+    lowest, last = misfit.amin(0), len(misfit) - 1
+    number = torch.arange(last + 1, dtype=misfit.dtype, device=misfit.device)[:, None]
+    return lowest, torch.where(misfit == lowest, number, last).amin(0).long()
 
 
 def _project_amplitude(kernel: Kernel, position: Tensor, voxels: Voxels) -> Tensor:
