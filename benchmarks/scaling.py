@@ -1,10 +1,12 @@
 """Time against the number of voxels, on one and two threads.
 
-Writes JSON and a plot with the slope in log-log coordinates.
+All fits are compiled, unless BIDS_GACELLE_COMPILE says otherwise: left to choose, large ones alone
+would be. Writes JSON and a plot with the slope in log-log coordinates.
 """
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from protocols import RESULTS, cases, machine
 
 from bids_gacelle.engine import fit
+from bids_gacelle.engine.kernels import COMPILE_VARIABLE
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,7 +31,7 @@ def time_fits(name, model, data, sizes, threads, repeats):
         torch.set_num_threads(n_threads)
         for n in sizes:
             part = data[:, :n]
-            fit(model, part, starts=1)  # compiles, where that pays
+            fit(model, part, starts=1)  # compiles
             seconds = []
             for _ in range(repeats if n < 300_000 else 1):
                 began = time.perf_counter()
@@ -87,6 +90,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.json")
     arguments = parser.parse_args()
+    os.environ.setdefault(COMPILE_VARIABLE, "always")
     rows = []
     for case in cases(arguments.most, ["r2star", "nexi"]):
         if case.snr > 50:
