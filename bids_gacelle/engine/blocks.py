@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bids_gacelle.engine.device import is_out_of_memory
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.memory import Footprint
 from bids_gacelle.engine.study import Block, Study
@@ -35,12 +36,6 @@ _MOST, _MOST_COMPILED, _MOST_CUDA = 2**16, 2**18, 2**20
 _CPU_LIMIT = 512 * 2**20
 # Blocks per device, so that the last ones to finish do not wait long for each other.
 _ROUNDS = 4
-_OUT_OF_MEMORY = (
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "can't allocate memory",
-    "not enough memory",
-)
 
 
 @dataclass(frozen=True)
@@ -389,13 +384,6 @@ def for_blocks(feeder: Feeder, work: Callable[[int, int, Block], None]) -> None:
         item = None  # before the next block is read
         if short:  # not in the handler, where the traceback still keeps the memory of the block
             feeder.halve()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether a device or the host had too little memory."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def share(workers: Sequence[Callable[[], None]], queue: Queue) -> None:

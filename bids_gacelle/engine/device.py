@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Where to compute, and whether it had the memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ import torch
 from bids_gacelle.engine.errors import EngineError
 
 logger = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+    "not enough memory",
+)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -67,3 +74,10 @@ def _cuda_problem(device: torch.device) -> str:
     except RuntimeError as error:
         return f"it does not work with this torch: {str(error).splitlines()[0]}"
     return ""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether a device or the host had too little memory."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bids_gacelle.engine.device import is_out_of_memory
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import SignalModel
 from bids_gacelle.engine.objective import Misfit, Objective
@@ -454,9 +455,9 @@ class Compiled:
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             del self._looked[kind]  # what it depends on changed so often that it is given up
             return self._first_call(kind, args, given)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise  # a smaller block may fit
             # Any failure of the tool chain (no compiler, no headers, no space for the cache) may
             # only cost speed; a real error of the function comes again in eager mode.
             line = _first_line(error)

@@ -27,10 +27,10 @@ from bids_gacelle.engine.blocks import (
     Queue,
     Tally,
     for_blocks,
-    is_out_of_memory,
     make_plan,
     share,
 )
+from bids_gacelle.engine.device import is_out_of_memory
 from bids_gacelle.engine.kernels import COMPILE_VARIABLE, Kernel, Voxels
 from bids_gacelle.engine.memory import AllocationCounter, Footprint, footprint
 from bids_gacelle.engine.objective import Objective

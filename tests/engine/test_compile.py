@@ -175,6 +175,20 @@ class TestCompiled:
             assert result[1] is part
         assert not compiled.works
 
+    def test_lack_of_memory_is_no_reason_to_do_without(self, monkeypatch):
+        """A smaller block may fit."""
+
+        def short(function):
+            raise MemoryError
+
+        compiled = Compiled(torch.neg)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "_looked_at", short)
+            with pytest.raises(MemoryError):
+                compiled(torch.ones(3))
+        assert float(compiled(torch.ones(3))[0]) == -1
+        assert compiled.works
+
     def test_copies_and_threads(self):
         compiled = Compiled(lambda x: (x + 1, x * 2))
         compiled(torch.zeros(3))
