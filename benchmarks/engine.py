@@ -103,8 +103,8 @@ def main():
     torch.set_num_threads(1)
     rows = []
     for case in cases(arguments.voxels, arguments.models):
-        starts = [1] if case.name == "r2star" else [1, case.model.starts]
-        rows += run_case(case, arguments.scipy_voxels, starts)
+        starts = {1, case.model.starts}
+        rows += run_case(case, arguments.scipy_voxels, sorted(starts))
     name = "engine.json" if arguments.eager else "engine_compiled.json"
     out = arguments.out or RESULTS / name
     out.write_text(json.dumps({"machine": machine(), "results": rows}, indent=2) + "\n")
