@@ -17,6 +17,7 @@ from bids_gacelle.engine import (
     EngineError,
     GradientEchoScheme,
     Parameter,
+    SignalModel,
     fit,
     get_model,
     list_models,
@@ -204,6 +205,15 @@ def wrong_shape(params, scheme):
     return torch.exp(-scheme.b * params["d"]).sum(0)
 
 
+def turned(params, scheme):
+    return torch.exp(-scheme.b * params["d"].flip(-1))
+
+
+def branching(params, scheme):
+    bright = params["d"].mean() > 2
+    return torch.exp(-scheme.b * params["d"]) + 0.01 * bright
+
+
 def by_numpy(params, scheme):
     return np.asarray(params["d"]) * np.asarray(scheme.b)
 
@@ -278,6 +288,8 @@ def no_default(params, scheme, *, order):
         (not_a_number, "notanumber is nan at measurement 1 for d = "),
         (infinite, "infinite is inf at measurement 1"),
         (neighbours, "neighbours is another one when a voxel comes alone"),
+        (turned, "turned is another one when a voxel comes alone"),
+        (branching, "branching is another one when a voxel comes alone"),
         (complex_valued, "is complex; it must be real"),
         (double, "does not keep the precision .* became torch.float64"),
         (unknown_parameter, "it has no 'D'; its parameters are d"),
@@ -336,6 +348,66 @@ def parameter(**fields):
 def test_declarations_that_cannot_be(fields, sentence):
     with pytest.raises(EngineError, match=sentence):
         declare(good, **fields)
+
+
+def of_class(**attributes):
+    """Return an object of a class that somebody wrote, with some attributes of another kind."""
+
+    class Mono(SignalModel):
+        name = "mono"
+        title = description = "x"
+        kind = datatype = "dwi"
+        parameters = (Parameter("d", "um^2/ms", "D", bounds=(0.0, 4.0)),)
+
+        def signal(self, params, inputs=None):
+            b = self.table("b", self.scheme.b, params["d"])
+            return torch.exp(-b * params["d"])
+
+    for name, value in attributes.items():
+        if value is None:
+            delattr(Mono, name)
+        else:
+            setattr(Mono, name, value)
+    return Mono(DiffusionScheme(b=B))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "sentence"),
+    [
+        ({"name": None}, "class Mono lacks 'name'"),
+        ({"kind": None}, "class Mono lacks 'kind'"),
+        ({"title": None}, "class Mono lacks 'title'"),
+        (
+            {"parameters": [Parameter("d", "1", "D")]},
+            "must be a tuple of Parameter",
+        ),
+        ({"parameters": (Parameter("d", "1", "D", bounds=(4, 0)),)}, "the first must be lower"),
+        ({"parameters": (Parameter("d", "1", "D"),)}, "needs a start box or finite bounds"),
+        ({"linear": ("q",)}, "has no parameter 'q', which it calls linear"),
+        ({"derived": (Parameter("q", "1", "Q"),)}, "'q', which its derive does not return"),
+        (
+            {"signal": lambda self, p, i=None: p["d"]},
+            r"must be \(measurements, ...\)",
+        ),
+        (
+            {"signal": lambda self, p, i=None: torch.stack([p["d"] + p["d"].mean()] * len(B))},
+            "another one when a voxel comes alone",
+        ),
+        (
+            {"signal": lambda self, p, i=None: torch.stack([p["d"].detach()] * len(B))},
+            "derivative of mono by d is not that of its signal",
+        ),
+    ],
+)
+def test_classes_that_cannot_be_fitted(attributes, sentence):
+    with pytest.raises(EngineError, match=sentence):
+        fit(of_class(**attributes), np.ones((len(B), 3)))
+
+
+@pytest.mark.parametrize("model", ["r2star", None, get_model("r2star"), good])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(EngineError, match="must be an object of a SignalModel class, got"):
+        fit(model, np.ones((len(B), 3)))
 
 
 @pytest.mark.parametrize("name", list_models())

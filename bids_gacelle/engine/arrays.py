@@ -15,8 +15,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from bids_gacelle.engine.errors import EngineError
+
 Array = NDArray[np.generic]
 Columns = slice | NDArray[np.intp]
+REAL = "biuf"
+"""Kinds of numpy types that hold real numbers."""
 # Types that torch computes with; others become double precision on the host.
 _DIRECT = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1")
 
@@ -39,10 +43,38 @@ def is_lazy(values: object) -> bool:
 
 
 def host(values: ArrayLike | Tensor) -> Array:
-    """Return a numpy view (or copy, from a GPU) of an array or tensor."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
-    return np.asarray(values)
+    """Return a numpy view (or copy, from a GPU) of an array or tensor.
+
+    What a masked array hides is NaN.
+
+    Raises
+    ------
+    EngineError
+        It is no array.
+    """
+    try:
+        if isinstance(values, Tensor):
+            values = values.detach().cpu().numpy()
+        if isinstance(values, np.ma.MaskedArray):
+            return np.asarray(np.ma.filled(values.astype(np.float64), np.nan))
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise EngineError(f"This cannot be read as an array of numbers: {reason}") from error
+
+
+def real_numbers(what: str, values: ArrayLike | Tensor, kinds: str = REAL) -> Array:
+    """Return an array as `host` does.
+
+    Raises
+    ------
+    EngineError
+        Its type is not of these kinds; `what` it is, is said.
+    """
+    array = host(values)
+    if array.dtype.kind not in kinds:
+        raise EngineError(f"{what} must hold real numbers, got {array.dtype}: {values!r:.60}.")
+    return array
 
 
 def on_disk(values: object) -> bool:
@@ -109,7 +141,7 @@ class Rows:
     def _read_slices(self, columns: Columns) -> Array:
         """Read the hyperplanes of the slowest axis that hold the columns, and pick from them."""
         if not self._axes:
-            return np.array(self._values[:]).reshape(self.n, 1)[:, columns]
+            return np.array(host(self._values[:])).reshape(self.n, 1)[:, columns]
         if isinstance(columns, slice):
             first, last = columns.start, columns.stop - 1
         else:
@@ -118,7 +150,7 @@ class Rows:
         low, high = first // plane, last // plane + 1
         index = [slice(None)] * (1 + len(self._axes))
         index[1 + self._axes[0]] = slice(low, high)
-        slab = Rows(np.asarray(self._values[tuple(index)]), self._axes)
+        slab = Rows(host(self._values[tuple(index)]), self._axes)
         skipped = low * plane
         if isinstance(columns, slice):
             return slab.read(slice(first - skipped, last + 1 - skipped))

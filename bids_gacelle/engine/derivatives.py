@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+FORWARD = threading.RLock()
+"""Held while torch differentiates forward: its levels belong to the process, not to a thread."""
 
 
 def directional(
@@ -16,10 +20,11 @@ def directional(
     """Return a function's value and its derivative along `tangents` (forward mode)."""
     result: tuple[Any, ...]
     if torch.compiler.is_compiling():
-        # Compilation stops at a change of the warning filters and leaves the rest uncompiled.
+        # Compilation stops at a lock or a change of the warning filters and leaves the rest
+        # uncompiled; who compiles holds the lock.
         result = torch.func.jvp(function, values, tangents)
         return result[0], result[1]
-    with warnings.catch_warnings():
+    with FORWARD, warnings.catch_warnings():
         # torch loads its own forward rules through an interface that it deprecates itself.
         warnings.filterwarnings(
             "ignore", message=".*torch.jit.script", category=DeprecationWarning

@@ -58,6 +58,8 @@ def resolve_devices(names: str | Sequence[str]) -> list[torch.device]:
         names = [f"cuda:{i}" for i in range(max(torch.cuda.device_count(), 1))]
     elif isinstance(names, str | torch.device):
         names = [str(names)]
+    elif not isinstance(names, Sequence):
+        raise EngineError(f"device is {names!r}; give a name or several.")
     if not names:
         raise EngineError("The list of devices is empty.")
     return [resolve_device(str(name)) for name in names]

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from bids_gacelle.engine.arrays import host
 from bids_gacelle.engine.blocks import (
     Feeder,
     Link,
@@ -32,6 +33,7 @@ from bids_gacelle.engine.errors import EngineError, FitInterrupted
 from bids_gacelle.engine.kernels import Kernel, Voxels, compile_wanted
 from bids_gacelle.engine.memory import Watch, footprint, return_freed_memory
 from bids_gacelle.engine.models.base import SignalModel
+from bids_gacelle.engine.models.checks import check_model
 from bids_gacelle.engine.noise import complete
 from bids_gacelle.engine.objective import (
     Objective,
@@ -42,7 +44,12 @@ from bids_gacelle.engine.objective import (
 from bids_gacelle.engine.regularise import Regulariser
 from bids_gacelle.engine.result import Assessor, BlockResult, FitResult, Maps
 from bids_gacelle.engine.solvers import Problem, Settings, Solver, get_solver, settings_options
-from bids_gacelle.engine.spatial_fit import EXTRA_STARTS, SpatialPlan, plan_spatial
+from bids_gacelle.engine.spatial_fit import (
+    EXTRA_STARTS,
+    SpatialPlan,
+    plan_spatial,
+    spatial_settings,
+)
 from bids_gacelle.engine.study import Block, Study
 
 _PRECISIONS = {
@@ -169,14 +176,16 @@ def fit(
     deviation. The number of voxels decides, and `settings["compiled"]` tells; set the environment
     variable BIDS_GACELLE_COMPILE to never or always to have one of them whatever the size.
 
-    A voxel is unusable (flag 4) when a measurement is not finite, all are zero, the first (echo,
-    flip angle or shell) is not positive (of magnitudes), its sigma or a voxel input is not a
-    positive number (or not within the limits that the model has for that input), its scale_sigma
+    A voxel is unusable (flag 4) when a measurement is not finite (or hidden by a masked array),
+    all are zero, the first (echo, flip angle or shell) is not positive (of magnitudes), one is a
+    million times the median of all voxels (with spatial terms), its sigma or a voxel input is not
+    a positive number (or not within the limits that the model has for that input), its scale_sigma
     is negative or no number, or, without a prior, fewer measurements than parameters have a finite
     sigma and a weight. Single non-positive values elsewhere are noise and are fitted.
     """
     began = time.perf_counter()
-    grid = tuple(np.shape(data)[1:])
+    check_model(model)
+    grid = tuple((data if hasattr(data, "shape") else host(data)).shape[1:])
     objective = make_objective(model, noise, loss, prior, grid)
     run = get_solver(solver)
     spatial = plan_spatial(regularise, voxel_size, model, grid, run)
@@ -184,11 +193,13 @@ def fit(
     if spatial is not None and len(places) > 1:
         logger.info("Spatial terms need all voxels on one device: using %s.", places[0])
         places = places[:1]
-    if precision not in _PRECISIONS:
+    if not isinstance(precision, str) or precision not in _PRECISIONS:
         raise EngineError(f"Precision {precision!r} is unknown; give float32 or float64.")
     for name, count in (("block_size", block_size), ("memory_limit", memory_limit)):
         if count is not None and (not isinstance(count, Integral) or count < 1):
             raise EngineError(f"{name} must be positive and whole, got {count!r}.")
+    if progress is not None and not callable(progress):
+        raise EngineError(f"progress must be a function of a Progress, got {progress!r}.")
     study = Study(
         model,
         data,
@@ -211,7 +222,7 @@ def fit(
             "floor, where Rician noise matters: give sigma.",
             model.name,
         )
-    kind = run.settings if spatial is None else spatial.settings
+    kind = run.settings if regularise is None else spatial_settings(run)
     tuning = _tune(kind, model, starts, seed, options)
     fits = study.n * (tuning.starts + (EXTRA_STARTS if spatial else 0)) * run.effort
     dtype = _PRECISIONS[precision]
@@ -539,8 +550,10 @@ def _tune(
         raise EngineError(f"starts must be a whole number and at least 1, got {starts!r}.")
     if not isinstance(options or {}, Mapping):
         raise EngineError(f"options is {options!r}; give {{name: value}}.")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or abs(seed) >= 2**63:
+        raise EngineError(f"seed must be a whole number of at most 63 bits, got {seed!r}.")
     known = settings_options(kind)
-    unknown = sorted(set(options or {}) - set(known))
+    unknown = sorted(set(options or {}) - set(known), key=str)
     if unknown:
         raise EngineError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
     recommended = {"max_evaluations": model.max_evaluations}

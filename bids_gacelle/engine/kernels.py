@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bids_gacelle.engine.derivatives import FORWARD
 from bids_gacelle.engine.device import is_out_of_memory
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.models.base import SignalModel
@@ -448,7 +449,7 @@ class Compiled:
             if not known:
                 self._looked[kind] = _looked_at(self._function)
             # What torch's own passes warn about concerns nobody here.
-            with warnings.catch_warnings():
+            with FORWARD, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 result, self._calls[kind] = _with_direct(self._looked[kind], args, given)
             self.works = True

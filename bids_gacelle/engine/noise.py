@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from bids_gacelle.engine.arrays import real_numbers
 from bids_gacelle.engine.errors import EngineError
 from bids_gacelle.engine.kernels import Kernel, Voxels, span
 from bids_gacelle.engine.objective import L1_CORNERS, Objective
@@ -143,13 +144,14 @@ def sigma_from_repeats(data: ArrayLike | Tensor, group: ArrayLike) -> NDArray[np
     Raises
     ------
     EngineError
-        The lengths differ, or nothing was repeated.
+        The lengths differ, the data are no real numbers, or nothing was repeated.
     """
-    values = np.asarray(data.detach().cpu() if isinstance(data, Tensor) else data, np.float64)
+    values = real_numbers("data", data).astype(np.float64)
     numbers = np.asarray(group)
-    if numbers.shape != values.shape[:1]:
+    if values.ndim == 0 or numbers.shape != values.shape[:1]:
         raise EngineError(
-            f"group has shape {numbers.shape} but there are {values.shape[0]} measurements."
+            f"group has shape {numbers.shape} but there are {len(np.atleast_1d(values))} "
+            "measurements."
         )
     squares, degrees = np.zeros(values.shape[1:]), 0
     for number in np.unique(numbers):

@@ -160,9 +160,13 @@ def plan_spatial(
         return None
     if solver.settings is Settings:
         raise EngineError("A closed form takes no regularisers: use solver 'lm' or 'adam'.")
-    settings = AdmmSettings if solver.settings is LmSettings else solver.settings
     size = None if voxel_size is None else tuple(float(s) for s in voxel_size)
-    return SpatialPlan(active, convention, size, solver, settings)
+    return SpatialPlan(active, convention, size, solver, spatial_settings(solver))
+
+
+def spatial_settings(solver: Solver) -> type[Settings]:
+    """Return the class of a solver's settings where there are regularisers."""
+    return AdmmSettings if solver.settings is LmSettings else solver.settings
 
 
 class Part(NamedTuple):

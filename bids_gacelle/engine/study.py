@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bids_gacelle.engine.arrays import (
+    REAL,
     Array,
     Columns,
     Rows,
@@ -20,6 +21,7 @@ from bids_gacelle.engine.arrays import (
     is_lazy,
     memory_order,
     on_disk,
+    real_numbers,
     tensor,
 )
 from bids_gacelle.engine.errors import EngineError
@@ -29,6 +31,8 @@ from bids_gacelle.engine.objective import Prior
 
 # Numbers looked at together for the common scale of all voxels.
 _AT_ONCE = 1 << 20
+# Times the median magnitude: no signal.
+_TOO_BRIGHT = 1e6
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,8 @@ class Study:
         Whether reading the data may have to wait for a disk.
     common_scale
         What the data of all voxels are divided by; None: each voxel's by its own scale.
+    largest
+        A voxel with a larger magnitude is unusable.
 
     Raises
     ------
@@ -148,7 +154,7 @@ class Study:
         inputs: Mapping[str, ArrayLike | Tensor] | None = None,
     ) -> None:
         array: Array | Sliceable = data if is_lazy(data) else host(data)  # type: ignore[assignment]
-        if np.dtype(array.dtype).kind == "c":
+        if np.dtype(array.dtype).kind not in REAL:
             raise EngineError(f"{model.name} fits real data (magnitudes), got {array.dtype}.")
         if len(array.shape) == 0 or array.shape[0] != model.n_measurements:
             raise EngineError(
@@ -160,6 +166,7 @@ class Study:
         self.degrees = self.n_measurements - len(model.parameters)
         self.on_disk = on_disk(data)
         self.common_scale: float | None = None
+        self.largest = float("inf")
         self._model = model
         self._axes = memory_order(array)
         self._data = Rows(array, self._axes)
@@ -169,14 +176,17 @@ class Study:
         self._emphasis = None if weights is None else self._read_weights(weights)
         self._prior = self._read_prior(prior)
         self.inputs: dict[str, Rows] = {}
+        if not isinstance(inputs or {}, Mapping):
+            raise EngineError(f"inputs is {inputs!r:.60}; give {{name: map}}.")
         for name, value in (inputs or {}).items():
             if name not in model.voxel_inputs:
                 raise EngineError(
                     f"{model.name} has no voxel input {name!r}; "
                     f"it has {', '.join(model.voxel_inputs) or 'none'}."
                 )
-            self._require(f"Voxel input {name}", host(value).shape)
-            self.inputs[name] = self._rows(host(value)[None])
+            array = real_numbers(f"Voxel input {name}", value)
+            self._require(f"Voxel input {name}", array.shape)
+            self.inputs[name] = self._rows(array[None])
         missing = [n for n in model.needed_inputs(model.chosen) if n not in self.inputs]
         if missing:
             raise EngineError(
@@ -204,7 +214,7 @@ class Study:
         if mask is None:
             self._place = np.arange(size)
         else:
-            chosen = np.nan_to_num(host(np.ma.filled(mask, 0))).astype(bool)
+            chosen = np.nan_to_num(real_numbers("mask", np.ma.filled(mask, 0))).astype(bool)
             self._require("mask", chosen.shape)
             self._place = np.flatnonzero(chosen.transpose(self._axes))
         self.n = len(self._place)
@@ -224,9 +234,7 @@ class Study:
 
     def _read_sigma(self, sigma: float | ArrayLike | Tensor) -> float | Rows:
         """Return sigma as a number, or as 1 or `n_measurements` rows."""
-        array = host(sigma)
-        if array.dtype.kind not in "fiu":
-            raise EngineError(f"sigma must hold real numbers, got {array.dtype}: {sigma!r:.60}.")
+        array = real_numbers("sigma", sigma, "iuf")
         if array.shape == self.grid and array.ndim:
             return self._rows(array[None])
         if array.shape == (self.n_measurements, *self.grid):
@@ -242,7 +250,7 @@ class Study:
 
     def _read_weights(self, weights: ArrayLike | Tensor) -> Tensor | Rows:
         """Return weights as a tensor (measurements, 1) or as rows."""
-        array = host(weights)
+        array = real_numbers("weights", weights)
         if array.shape not in (
             (self.n_measurements,),
             self.grid,
@@ -279,7 +287,7 @@ class Study:
             return None
         if sigma is None or group is None:
             raise EngineError("scale_sigma and scale_group are needed together; one is missing.")
-        array, number = host(sigma), np.asarray(group)
+        array, number = real_numbers("scale_sigma", sigma), np.asarray(group)
         if array.shape[1:] != self.grid or array.ndim == 0 or len(array) == 0:
             raise EngineError(
                 f"scale_sigma has shape {array.shape}; it must be (groups, *grid) with the grid "
@@ -301,10 +309,9 @@ class Study:
         """Divide all voxels by one number, the median over voxels of the largest magnitude.
 
         For spatial terms: maps of an amplitude in units of each voxel would show edges that are
-        none. Without an amplitude nothing is divided.
+        none. Without an amplitude nothing is divided. Voxels that are brighter by far, such as
+        those that a file marks as empty by a huge number, would be all that the objective sees.
         """
-        if not any(p.amplitude for p in self._model.parameters):
-            return
         largest = [np.zeros(0)]
         step = -(-_AT_ONCE // self.n_measurements)
         for start in range(0, self.n, step):
@@ -312,7 +319,10 @@ class Study:
             largest.append(np.abs(data.astype(np.float64)).max(0))
         values = np.concatenate(largest)
         values = values[np.isfinite(values) & (values > 0)]
-        self.common_scale = float(np.median(values)) if len(values) else 1.0
+        typical = float(np.median(values)) if len(values) else 1.0
+        self.largest = _TOO_BRIGHT * typical
+        if any(p.amplitude for p in self._model.parameters):
+            self.common_scale = typical
 
     def block(self, start: int, stop: int, device: torch.device) -> Block:
         """Return the usable voxels from `start` to `stop` of the mask, normalised.
@@ -358,7 +368,7 @@ class Study:
         assert data is not None
         # Row by row: a mask, or a magnitude, of the whole block would take as much as the data.
         largest = functools.reduce(torch.maximum, (row.abs() for row in data))  # NaN if one is
-        usable = largest.isfinite() & (largest > 0)
+        usable = largest.isfinite() & (largest > 0) & (largest <= self.largest)
         if not model.signed:
             usable &= data[0] > 0
         if inputs is not None:

@@ -369,6 +369,18 @@ def test_bad_voxels_are_flagged_and_few_iterations_do_not_converge():
     assert result.trace["mean_evaluations"] == 5
 
 
+def test_a_corner_without_a_gradient_is_no_convergence():
+    """Steps that are too long lead to where the signal is 0 whatever the parameters."""
+    model = make_model("r2star")
+    data = noisy(model, draw(model, 60, 1), 0.02, 2)
+    best = fit(model, data).nrmse
+    for output in ("min", "final"):
+        result = fit(model, data, solver="sgdm", options={"transform": "linear", "output": output})
+        told = result.flags & 8 > 0
+        assert told.any()
+        assert (result.nrmse[~told] < 1.02 * best[~told]).all()
+
+
 def test_a_loss_that_is_not_finite_ends_the_voxel():
     kernel, voxels, start = nexi_voxels(3)
     start[0, 1] = torch.nan

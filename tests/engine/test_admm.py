@@ -54,10 +54,27 @@ def decay_data(grid, seed, sd=5.0):
     return model, signal + sd * rng.normal(size=signal.shape), truth
 
 
+@pytest.mark.parametrize("solver", ["lm", "adam"])
+@pytest.mark.parametrize("size", [1e12, 1e25, 3e38])
+def test_a_voxel_that_is_no_signal_is_left_out(solver, size):
+    model, data, _ = decay_data((6, 5), 1)
+    options = {"iterations": 50} if solver == "adam" else {}
+    arguments = {"solver": solver, "options": options, "regularise": TV(["R2star"], 1.0)}
+    data[:, 2, 2] = np.nan
+    missing = fit(model, data, sigma=5.0, **arguments)
+    for where in (slice(None), 3):
+        data[:, 2, 2] = 100.0
+        data[where, 2, 2] = size
+        huge = fit(model, data, sigma=5.0, **arguments)
+        assert huge.flags[2, 2] == FLAG_UNUSABLE
+        np.testing.assert_allclose(huge.maps["R2star"], missing.maps["R2star"], rtol=1e-5)
+
+
 def test_without_weight_it_is_the_voxelwise_fit():
     model, data, _ = decay_data((6, 5), 1)
     alone = fit(model, data, sigma=5.0)
-    none = fit(model, data, sigma=5.0, regularise=[TV(["R2star"], 0.0)])
+    options = {"spatial_iterations": 7}
+    none = fit(model, data, sigma=5.0, regularise=[TV(["R2star"], 0.0)], options=options)
     np.testing.assert_array_equal(none.maps["R2star"], alone.maps["R2star"])
     assert none.settings["regularise"] is None
     little = fit(model, data, sigma=5.0, regularise=[TV(["S0", "R2star"], 1e-6)])

@@ -17,7 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from bids_gacelle.engine import EngineError, FitInterrupted, Progress, fit
+from bids_gacelle.engine import (
+    EngineError,
+    FitInterrupted,
+    GradientEchoScheme,
+    Parameter,
+    Progress,
+    fit,
+    signal_model,
+)
 from bids_gacelle.engine import blocks as blocks_module
 from bids_gacelle.engine.arrays import Rows, memory_order
 from bids_gacelle.engine.blocks import (
@@ -398,6 +406,20 @@ def test_two_devices_share_the_blocks(monkeypatch):
     assert_identical(two, fit(model, data))
     planned = fit(model, data, device=["cpu", "cpu"])
     assert planned.settings["blocks"] == 2  # not smaller than the smallest
+
+
+def test_devices_share_a_model_that_torch_differentiates():
+    """Forward differentiation of torch has levels that all threads of a process share."""
+
+    @signal_model(kind="megre", parameters=(Parameter("R2", "1/s", "R2", bounds=(0.0, 200.0)),))
+    def decay(params, scheme):
+        return torch.exp(-scheme.echo_time * params["R2"])
+
+    model = decay(GradientEchoScheme(echo_time=np.linspace(0.002, 0.04, 8)))
+    data = noisy(model, draw(model, 3000, 1, within="bounds"), 0.02, 2)
+    whole = fit(model, data)
+    for _ in range(3):
+        assert_identical(fit(model, data, device=["cpu", "cpu"], block_size=300), whole)
 
 
 def test_the_error_of_one_device_ends_the_others():

@@ -101,6 +101,22 @@ def test_bad_voxels_are_flagged_and_leave_the_others_alone():
     assert (fit(model, data, sigma=sigma).flags == [0, 0, 0, 0, 0, 4, 4, 0, 0, 0, 0, 0]).all()
 
 
+def test_what_a_masked_array_hides_is_not_fitted():
+    model = make_model("r2star")
+    data = noisy(model, draw(model, 4, 1), 0.02, 2)
+    hidden = np.zeros(data.shape, bool)
+    hidden[3, 1] = hidden[:, 2] = True
+    plain = fit(model, data)
+    for kind in (float, "f4", int):
+        scaled = (1000 * data).astype(kind)
+        scaled[hidden] = -9999
+        result = fit(model, np.ma.masked_array(scaled, hidden))
+        assert (result.flags & 4 > 0).tolist() == [False, True, True, False]
+        np.testing.assert_allclose(
+            result.maps["R2star"][[0, 3]], plain.maps["R2star"][[0, 3]], rtol=0.02
+        )
+
+
 def test_a_negative_sample_is_noise_not_a_bad_voxel():
     model = get_model("mcmicro")(DiffusionScheme(b=[0.5, 1, 2, 4, 8]))
     truth = {"fn": torch.tensor([0.2]), "d": torch.tensor([2.5])}
@@ -348,6 +364,19 @@ def test_prior_draws_estimates_in_and_lowers_their_error():
         ({"options": {"dictionary": 4}, "starts": 5}, "4 entries cannot give 5 starts"),
         ({"data": np.ones((3, 4))}, "expects 5 measurements"),
         ({"data": np.ones((5, 4), complex)}, "fits real data"),
+        ({"data": np.full((5, 4), "a")}, "fits real data"),
+        ({"data": [[1, 2], [3]]}, "cannot be read as an array of numbers"),
+        ({"data": torch.ones(5, 4).to_sparse()}, "cannot be read as an array of numbers"),
+        ({"mask": ["a"] * 4}, "mask must hold real numbers, got <U1"),
+        ({"weights": np.ones(5) * 1j}, "weights must hold real numbers, got complex128"),
+        ({"inputs": [1]}, r"inputs is \[1\]; give"),
+        ({"solver": ["lm"]}, r"no solver \['lm'\]"),
+        ({"precision": []}, r"Precision \[\] is unknown"),
+        ({"device": None}, "device is None; give a name"),
+        ({"seed": "a"}, "seed must be a whole number of at most 63 bits, got 'a'"),
+        ({"seed": 2**70}, "seed must be a whole number"),
+        ({"progress": True}, "progress must be a function"),
+        ({"options": {1: 2, "a": 1}}, "no option 1"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

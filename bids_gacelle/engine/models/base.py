@@ -201,6 +201,9 @@ class SignalModel(ABC):
         cls.has_closed_form = cls.closed_form is not SignalModel.closed_form
 
     def __init__(self, scheme: Scheme, **options: Any) -> None:
+        for attribute in ("name", "kind"):
+            if not hasattr(self, attribute):
+                raise EngineError(f"The model class {type(self).__name__} lacks {attribute!r}.")
         expected = DiffusionScheme if self.kind == "dwi" else GradientEchoScheme
         if not isinstance(scheme, expected):
             raise EngineError(
@@ -364,11 +367,11 @@ class SignalModel(ABC):
         -------
         Tensor of shape (signals, measurements, ...).
         """
-        raise NotImplementedError(f"{self.name} declares linear parameters but no mixture.")
+        raise EngineError(f"{self.name} declares linear parameters but no mixture.")
 
     def unmix(self, weights: Tensor) -> dict[str, Tensor]:
         """Return the linear parameters of mixing weights (signals, ...), each of shape (...)."""
-        raise NotImplementedError(f"{self.name} declares linear parameters but no unmix.")
+        raise EngineError(f"{self.name} declares linear parameters but no unmix.")
 
     def closed_form(self, data: Tensor, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """Return the model's linear estimate from data (measurements, voxels).

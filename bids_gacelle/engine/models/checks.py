@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from numbers import Integral
 from typing import Any
@@ -21,8 +22,29 @@ _TRIED = 6
 _AGREE = 1e-3
 
 
-def check_declaration(cls: type[SignalModel]) -> None:
-    """Check the attributes of a model class.
+def check_model(model: Any) -> None:
+    """Check a model object that is about to be fitted, once, unless the class is one of ours.
+
+    Raises
+    ------
+    EngineError
+        It is no model, or `check_declaration` or `check_signal` refuse it.
+    """
+    if not isinstance(model, SignalModel):
+        raise EngineError(
+            f"The model must be an object of a SignalModel class, got {model!r:.60}. A class is "
+            "called with the acquisition first: fit(get_model('r2star')(scheme), data)."
+        )
+    own = type(model).__module__.startswith(__package__ + ".")
+    if not own and "checked" not in model.kept:
+        check_declaration(model)
+        with torch.no_grad():
+            check_signal(model)
+        model.kept["checked"] = True
+
+
+def check_declaration(cls: type[SignalModel] | SignalModel) -> None:
+    """Check the attributes of a model class, or those of an object where these differ.
 
     Raises
     ------
@@ -31,7 +53,8 @@ def check_declaration(cls: type[SignalModel]) -> None:
     """
     for attribute in ("name", "title", "description", "kind", "datatype", "parameters"):
         if not hasattr(cls, attribute):
-            raise EngineError(f"The model class {cls.__name__} lacks {attribute!r}.")
+            of = cls if isinstance(cls, type) else type(cls)
+            raise EngineError(f"The model class {of.__name__} lacks {attribute!r}.")
     name = cls.name
     if not isinstance(name, str) or not re.fullmatch("[A-Za-z][A-Za-z0-9]*", name):
         raise EngineError(
@@ -60,9 +83,9 @@ def check_declaration(cls: type[SignalModel]) -> None:
         )
 
 
-def _check_parameters(cls: type[SignalModel]) -> None:
+def _check_parameters(cls: type[SignalModel] | SignalModel) -> None:
     given: Any = cls.parameters
-    everything = (*given, *cls.derived) if isinstance(given, tuple | list) else ()
+    everything = (*given, *cls.derived) if isinstance(given, tuple) else ()
     if not everything or not all(isinstance(p, Parameter) for p in everything):
         raise EngineError(
             f"The parameters of {cls.name} must be a tuple of Parameter(...), got {given!r}."
@@ -79,6 +102,9 @@ def _check_parameters(cls: type[SignalModel]) -> None:
         )
     for parameter in shaping:
         _check_range(cls.name, parameter)
+    unknown = [name for name in cls.linear if name not in [p.name for p in given]]
+    if unknown:
+        raise EngineError(f"{cls.name} has no parameter {unknown[0]!r}, which it calls linear.")
 
 
 def _check_range(model: str, parameter: Parameter) -> None:
@@ -176,6 +202,13 @@ def check_signal(model: SignalModel) -> None:
         )
     _check_purity(model, params, signal)
     _check_derivative(model, params)
+    derived = model.derive(params)
+    for name in model.derived_names:
+        if name not in derived:
+            raise EngineError(
+                f"{model.name} has the derived quantity {name!r}, which its derive "
+                "does not return."
+            )
 
 
 def _draw(model: SignalModel) -> dict[str, Tensor]:
@@ -214,13 +247,15 @@ def _check_purity(model: SignalModel, params: dict[str, Tensor], signal: Tensor)
             f"The signal of {model.name} changes its parameters in place; write x = x * 2 instead "
             "of x *= 2."
         )
-    alone = _call(model, {k: v[:1, 1] for k, v in params.items()})
-    expected = signal[:, :1, 1]
-    if not (alone.shape == expected.shape and torch.allclose(alone, expected, rtol=1e-6)):
-        raise EngineError(
-            f"The signal of {model.name} is another one when a voxel comes alone; it must depend "
-            "on this voxel's parameters only, not be random, and change nothing in place."
-        )
+    for i, j in itertools.product(*map(range, signal.shape[1:])):
+        alone = _call(model, {k: v[i : i + 1, j] for k, v in params.items()})
+        expected = signal[:, i : i + 1, j]
+        if not (alone.shape == expected.shape and torch.allclose(alone, expected, rtol=1e-6)):
+            raise EngineError(
+                f"The signal of {model.name} is another one when a voxel comes alone; it must "
+                "depend on this voxel's parameters only, not be random, and change nothing in "
+                "place."
+            )
     for parameter in model.parameters:
         if parameter.amplitude:
             name = parameter.name

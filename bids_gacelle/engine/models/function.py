@@ -14,7 +14,7 @@ from bids_gacelle.engine.models.base import Inputs, Parameter, Reference, Signal
 from bids_gacelle.engine.models.checks import (
     KINDS,
     check_declaration,
-    check_signal,
+    check_model,
     probe_scheme,
 )
 from bids_gacelle.engine.scheme import Scheme
@@ -54,7 +54,7 @@ class FunctionModel(SignalModel):
         super().__init__(scheme, **options)
         self._given = {name: column is not None for name, column in scheme.columns().items()}
         self._touched: list[str] | None = []
-        check_signal(self)
+        check_model(self)
         self.touched, self._touched = tuple(self._touched), None
 
     def signal(self, params: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:

@@ -27,7 +27,7 @@ def get_solver(name: str) -> Solver:
     EngineError
         No solver has this name.
     """
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         raise EngineError(f"There is no solver {name!r}; known are {', '.join(SOLVERS)}.")
     module, _, attribute = SOLVERS[name].partition(":")
     solver: Solver = getattr(importlib.import_module(module), attribute)

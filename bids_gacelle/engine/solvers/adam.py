@@ -55,6 +55,11 @@ _MAD_TO_SD = 1.4826
 # would otherwise change sides for ever.
 _FORGIVEN = 0.8
 
+# A criterion that is met where the loss is higher than the lowest on the way by more than this
+# share of it, or of the data, is no convergence: a step that was too long has led to a corner
+# where the signal, and with it the gradient, is 0.
+_NEAR, _NEAR_DATA = 1e-2, 1e-6
+
 # Options of GACELLE 1.0 and its paper that differ from the defaults here. Still different: the
 # loss's unit, the clamped state, the projected gradient, a rising loss that is no convergence.
 ASKADAM_1_0: dict[str, Any] = {
@@ -500,7 +505,7 @@ class Step:
             state.trust,
             iterations,
             moving,
-            state.converged | (running & met & sound),
+            state.converged | (running & met & sound & _is_near(loss, state.best_loss)),
         )
 
     def load(self, starts: Tensor, voxels: Voxels) -> State:
@@ -558,6 +563,11 @@ class Step:
         changed = (trust != state.trust).any(0)
         anew = torch.where(changed, torch.inf, state.best_loss)
         return state._replace(trust=trust, best_loss=anew)
+
+
+def _is_near(loss: Tensor, lowest: Tensor) -> Tensor:
+    """Tell whether losses are about as low as the lowest before."""
+    return loss <= lowest + (_NEAR * lowest.abs()).clamp_min(_NEAR_DATA)
 
 
 def _norm(rows: Tensor) -> Tensor:
@@ -733,6 +743,7 @@ def minimise_whole(
         count = torch.full_like(share, iteration)
         watch, ended = criteria(watch, total * share, _length(gradient), count)
         met = bool(ended)
+        near = bool(_is_near(total * share, least * share))
         report(iteration / settings.iterations)
         if met or not math.isfinite(trace[-1]) or iteration == settings.iterations:
             break
@@ -741,7 +752,7 @@ def minimise_whole(
         watch = watch._replace(moved=_length(moved - z) / (1 + _length(z)))
         z = moved
     report(1.0)
-    return Whole(transform.end(z), transform.end(lowest), trace, met)
+    return Whole(transform.end(z), transform.end(lowest), trace, met and near)
 
 
 def _length(columns: Tensor) -> Tensor:
