@@ -111,9 +111,9 @@ def fit(
         each, counted from 0. It widens the standard deviations of the maps; weights and estimates
         do not depend on it.
     weights
-        Factors of the loss, (measurements,), (*grid) or (measurements, *grid), not negative; 0
-        leaves a measurement out. They say nothing about noise (that is `sigma`): the standard
-        deviations are those of the weighted estimate.
+        Factors of the loss, (measurements,), (*grid) or (measurements, *grid), not negative; 0,
+        and what is below 1e-20, leaves a measurement out. They say nothing about noise (that is
+        `sigma`): the standard deviations are those of the weighted estimate.
     inputs
         Voxel inputs of the model, (*grid) each; those left out take the model's default.
     solver

@@ -33,6 +33,8 @@ from bids_gacelle.engine.objective import Prior
 _AT_ONCE = 1 << 20
 # Times the median magnitude: no signal.
 _TOO_BRIGHT = 1e6
+# Losses with a smaller factor are lost in single precision.
+_LEAST_WEIGHT = 1e-20
 
 
 @dataclass(frozen=True)
@@ -384,6 +386,7 @@ class Study:
         if common is not None:
             usable &= (common.isfinite() & (common >= 0)).all(0)
         if emphasis is not None:
+            emphasis = torch.where(emphasis < _LEAST_WEIGHT, 0.0, emphasis)
             usable &= (emphasis != 0).any(0)
         if mean is None and (sigma is not None or emphasis is not None):
             told = torch.ones_like(data)

@@ -101,6 +101,17 @@ def test_bad_voxels_are_flagged_and_leave_the_others_alone():
     assert (fit(model, data, sigma=sigma).flags == [0, 0, 0, 0, 0, 4, 4, 0, 0, 0, 0, 0]).all()
 
 
+def test_weights_too_small_for_single_precision_are_none():
+    model = make_model("r2star")
+    data = noisy(model, draw(model, 20, 1), 0.02, 2)
+    weights = np.ones(data.shape)
+    weights[2] = 0
+    without = fit(model, data, weights=weights)
+    weights[2] = 1e-30
+    np.testing.assert_array_equal(fit(model, data, weights=weights).maps["S0"], without.maps["S0"])
+    assert (fit(model, data, weights=1e-30 * weights).flags == 4).all()
+
+
 def test_what_a_masked_array_hides_is_not_fitted():
     model = make_model("r2star")
     data = noisy(model, draw(model, 4, 1), 0.02, 2)
