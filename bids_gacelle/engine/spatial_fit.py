@@ -96,15 +96,12 @@ class SpatialPlan:
         In mm, or None.
     solver
         What the voxels are fitted with.
-    settings
-        Class of the settings.
     """
 
     regularisers: tuple[Regulariser, ...]
     convention: str
     voxel_size: tuple[float, ...] | None
     solver: Solver
-    settings: type[Settings]
 
     def describe(self) -> dict[str, Any]:
         """Return the terms as plain data, for settings."""
@@ -161,7 +158,7 @@ def plan_spatial(
     if solver.settings is Settings:
         raise EngineError("A closed form takes no regularisers: use solver 'lm' or 'adam'.")
     size = None if voxel_size is None else tuple(float(s) for s in voxel_size)
-    return SpatialPlan(active, convention, size, solver, spatial_settings(solver))
+    return SpatialPlan(active, convention, size, solver)
 
 
 def spatial_settings(solver: Solver) -> type[Settings]:
