@@ -339,7 +339,9 @@ class _Curvature(Term):
     def roughness(self, u: Tensor) -> Tensor:
         """Return the lowest sum found: from above, and 0 for an affine map."""
         first = self._first.difference(u)
-        fields = (first, torch.zeros_like(first), self._best_field(u)[0])
+        fields = [first, torch.zeros_like(first), self._best_field(u)[0]]
+        if self._start is not None:  # of the last proximal step, near whose end u is
+            fields.append(self._start[1])
         return torch.stack([self._sum(u, w) for w in fields]).amin()
 
     def slope(self, u: Tensor) -> Tensor:

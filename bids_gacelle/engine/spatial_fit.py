@@ -94,14 +94,11 @@ class SpatialPlan:
         Theirs.
     voxel_size
         In mm, or None.
-    solver
-        What the voxels are fitted with.
     """
 
     regularisers: tuple[Regulariser, ...]
     convention: str
     voxel_size: tuple[float, ...] | None
-    solver: Solver
 
     def describe(self) -> dict[str, Any]:
         """Return the terms as plain data, for settings."""
@@ -158,7 +155,7 @@ def plan_spatial(
     if solver.settings is Settings:
         raise EngineError("A closed form takes no regularisers: use solver 'lm' or 'adam'.")
     size = None if voxel_size is None else tuple(float(s) for s in voxel_size)
-    return SpatialPlan(active, convention, size, solver)
+    return SpatialPlan(active, convention, size)
 
 
 def spatial_settings(solver: Solver) -> type[Settings]:
