@@ -45,7 +45,8 @@ def is_lazy(values: object) -> bool:
 def host(values: ArrayLike | Tensor) -> Array:
     """Return a numpy view (or copy, from a GPU) of an array or tensor.
 
-    What a masked array hides is NaN.
+    What a masked array of real numbers hides is NaN; numbers that are Python objects become
+    floats.
 
     Raises
     ------
@@ -55,9 +56,10 @@ def host(values: ArrayLike | Tensor) -> Array:
     try:
         if isinstance(values, Tensor):
             values = values.detach().cpu().numpy()
-        if isinstance(values, np.ma.MaskedArray):
+        if isinstance(values, np.ma.MaskedArray) and values.dtype.kind in REAL:
             return np.asarray(np.ma.filled(values.astype(np.float64), np.nan))
-        return np.asarray(values)
+        array = np.asarray(values)
+        return array.astype(np.float64) if array.dtype.kind == "O" else array
     except (TypeError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise EngineError(f"This cannot be read as an array of numbers: {reason}") from error

@@ -19,7 +19,7 @@ def directional(
 ) -> tuple[Tensor, Tensor]:
     """Return a function's value and its derivative along `tangents` (forward mode)."""
     result: tuple[Any, ...]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # Compilation stops at a lock or a change of the warning filters and leaves the rest
         # uncompiled; who compiles holds the lock.
         result = torch.func.jvp(function, values, tangents)
@@ -52,7 +52,7 @@ def voxelwise_gradients(
     -------
     {name: (n, voxels)}
     """
-    if torch.compiler.is_compiling():  # uncompiled this takes three times as long
+    if torch.compiler.is_dynamo_compiling():  # uncompiled this takes three times as long
         found, pull = torch.func.vjp(function, point)[:2]
         nothing = {name: torch.zeros_like(value) for name, value in found.items()}
         return {

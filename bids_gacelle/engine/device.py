@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -58,8 +58,9 @@ def resolve_devices(names: str | Sequence[str]) -> list[torch.device]:
         names = [f"cuda:{i}" for i in range(max(torch.cuda.device_count(), 1))]
     elif isinstance(names, str | torch.device):
         names = [str(names)]
-    elif not isinstance(names, Sequence):
+    elif not isinstance(names, Iterable):
         raise EngineError(f"device is {names!r}; give a name or several.")
+    names = list(names)
     if not names:
         raise EngineError("The list of devices is empty.")
     return [resolve_device(str(name)) for name in names]

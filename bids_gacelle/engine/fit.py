@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,7 +113,7 @@ def fit(
         do not depend on it.
     weights
         Factors of the loss, (measurements,), (*grid) or (measurements, *grid), not negative; 0,
-        and what is below 1e-20, leaves a measurement out. They say nothing about noise (that is
+        and what is below 1e-25, leaves a measurement out. They say nothing about noise (that is
         `sigma`): the standard deviations are those of the weighted estimate.
     inputs
         Voxel inputs of the model, (*grid) each; those left out take the model's default.
@@ -177,9 +178,9 @@ def fit(
     variable BIDS_GACELLE_COMPILE to never or always to have one of them whatever the size.
 
     A voxel is unusable (flag 4) when a measurement is not finite (or hidden by a masked array),
-    all are zero, the first (echo, flip angle or shell) is not positive (of magnitudes), one is a
-    million times the median of all voxels (with spatial terms), its sigma or a voxel input is not
-    a positive number (or not within the limits that the model has for that input), its scale_sigma
+    all are zero, the first (echo, flip angle or shell) is not positive (of magnitudes), one is
+    1e18 times the median of all voxels (with spatial terms), its sigma or a voxel input is not a
+    positive number (or not within the limits that the model has for that input), its scale_sigma
     is negative or no number, or, without a prior, fewer measurements than parameters have a finite
     sigma and a weight. Single non-positive values elsewhere are noise and are fitted.
     """
@@ -550,7 +551,11 @@ def _tune(
         raise EngineError(f"starts must be a whole number and at least 1, got {starts!r}.")
     if not isinstance(options or {}, Mapping):
         raise EngineError(f"options is {options!r}; give {{name: value}}.")
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or abs(seed) >= 2**63:
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = 2**63
+    if abs(number) >= 2**63:
         raise EngineError(f"seed must be a whole number of at most 63 bits, got {seed!r}.")
     known = settings_options(kind)
     unknown = sorted(set(options or {}) - set(known), key=str)
@@ -558,7 +563,7 @@ def _tune(
         raise EngineError(f"There is no option {unknown[0]!r}; known are {sorted(known)}.")
     recommended = {"max_evaluations": model.max_evaluations}
     given = {k: v for k, v in recommended.items() if k in known} | dict(options or {})
-    settings = kind(starts=int(starts), seed=int(seed), **given)
+    settings = kind(starts=int(starts), seed=number, **given)
     if settings.dictionary < starts:
         raise EngineError(
             f"A dictionary of {settings.dictionary} entries cannot give {starts} starts."

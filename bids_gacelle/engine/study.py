@@ -31,10 +31,10 @@ from bids_gacelle.engine.objective import Prior
 
 # Numbers looked at together for the common scale of all voxels.
 _AT_ONCE = 1 << 20
-# Times the median magnitude: no signal.
-_TOO_BRIGHT = 1e6
-# Losses with a smaller factor are lost in single precision.
-_LEAST_WEIGHT = 1e-20
+# Times the median magnitude: the square has no place in single precision.
+_TOO_BRIGHT = 1e18
+# Losses with a smaller factor have none either.
+_LEAST_WEIGHT = 1e-25
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,8 @@ class Study:
 
     def _read_weights(self, weights: ArrayLike | Tensor) -> Tensor | Rows:
         """Return weights as a tensor (measurements, 1) or as rows."""
-        array = real_numbers("weights", weights)
+        hidden = isinstance(weights, np.ma.MaskedArray)
+        array = real_numbers("weights", np.ma.filled(weights, 0) if hidden else weights)
         if array.shape not in (
             (self.n_measurements,),
             self.grid,
@@ -311,8 +312,8 @@ class Study:
         """Divide all voxels by one number, the median over voxels of the largest magnitude.
 
         For spatial terms: maps of an amplitude in units of each voxel would show edges that are
-        none. Without an amplitude nothing is divided. Voxels that are brighter by far, such as
-        those that a file marks as empty by a huge number, would be all that the objective sees.
+        none. Without an amplitude nothing is divided. Voxels whose squares would then be infinite,
+        such as those that a file marks as empty by a huge number, have no objective.
         """
         largest = [np.zeros(0)]
         step = -(-_AT_ONCE // self.n_measurements)

@@ -223,7 +223,7 @@ def _inverse(information: list[Tensor], free: list[Tensor]) -> tuple[Tensor, Ten
         for j in range(n):
             new = factor[j] if j != k else -inverse
             rows[min(k, j), max(k, j)] = torch.where(chosen, new, row[j])
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             rows = {place: settle(entry) for place, entry in rows.items()}
     unswept = [f - s for f, s in zip(free, swept, strict=True)]
     undetermined = list(unswept)

@@ -19,6 +19,7 @@ from bids_gacelle.engine import (
     kernels,
     signal_model,
 )
+from bids_gacelle.engine.derivatives import directional
 from bids_gacelle.engine.kernels import (
     COMPILE_VARIABLE,
     Compiled,
@@ -174,6 +175,21 @@ class TestCompiled:
             assert torch.equal(result[0], torch.ones(3))
             assert result[1] is part
         assert not compiled.works
+
+    def test_other_threads_differentiate_while_one_compiles(self):
+        """torch tells all threads when it compiles, and they share its levels of derivatives."""
+        one = torch.ones(3)
+
+        def slope(x):
+            return directional(lambda y: (y**3).sin(), (x,), (torch.ones_like(x),))
+
+        compiled, wanted = Compiled(slope), slope(one)[1]
+        with ThreadPoolExecutor(2) as pool:
+            future = pool.submit(compiled, one)
+            while not future.done():
+                assert torch.equal(slope(one)[1], wanted)
+            torch.testing.assert_close(future.result()[1], wanted)
+        assert compiled.works
 
     def test_lack_of_memory_is_no_reason_to_do_without(self, monkeypatch):
         """A smaller block may fit."""

@@ -128,6 +128,23 @@ def test_what_a_masked_array_hides_is_not_fitted():
         )
 
 
+def test_arrays_of_other_kinds():
+    model = make_model("r2star")
+    data = noisy(model, draw(model, 4, 1), 0.02, 2)
+    mask = np.array([True, True, False, True])
+    plain = fit(model, data, mask=mask).maps["R2star"]
+    weights = np.ma.masked_array(np.ones(data.shape), np.broadcast_to(~mask, data.shape))
+    for arguments in (
+        {"data": data.astype(object), "mask": mask.astype(object)},
+        {"weights": weights},
+        {"seed": np.array(0), "device": np.array(["cpu"])},
+    ):
+        result = fit(model, **{"data": data, "mask": mask} | arguments)
+        np.testing.assert_array_equal(result.maps["R2star"], plain)
+    with pytest.raises(EngineError, match="fits real data"):
+        fit(model, np.ma.masked_array(data * 1j))
+
+
 def test_a_negative_sample_is_noise_not_a_bad_voxel():
     model = get_model("mcmicro")(DiffusionScheme(b=[0.5, 1, 2, 4, 8]))
     truth = {"fn": torch.tensor([0.2]), "d": torch.tensor([2.5])}

@@ -35,7 +35,7 @@ def check_model(model: Any) -> None:
             f"The model must be an object of a SignalModel class, got {model!r:.60}. A class is "
             "called with the acquisition first: fit(get_model('r2star')(scheme), data)."
         )
-    own = type(model).__module__.startswith(__package__ + ".")
+    own = str(type(model).__module__).startswith(f"{__package__}.")
     if not own and "checked" not in model.kept:
         check_declaration(model)
         with torch.no_grad():
@@ -225,7 +225,7 @@ def _draw(model: SignalModel) -> dict[str, Tensor]:
 def _call(model: SignalModel, params: dict[str, Tensor], *, derive: bool = False) -> Any:
     """Call the signal or the Jacobian; what goes wrong inside becomes a sentence."""
     try:
-        return model.jacobian(params) if derive else model.signal(params)
+        return model.jacobian(params, None) if derive else model.signal(params, None)
     except EngineError:
         raise
     except Exception as error:
@@ -236,7 +236,8 @@ def _call(model: SignalModel, params: dict[str, Tensor], *, derive: bool = False
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         advice = " Use functions of torch only, not numpy." if derive else ""
         raise EngineError(
-            f"The {what} of {model.name} cannot be computed: {reason}.{advice}"
+            f"The {what} of {model.name} cannot be computed: {reason}.{advice} The parameters had "
+            f"the shape {tuple(next(iter(params.values())).shape)}."
         ) from error
 
 

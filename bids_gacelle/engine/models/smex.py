@@ -72,7 +72,7 @@ class Smex(Nexi):
         """Return the integrals as `Nexi`; compiled, nodes are an axis, for the kernel is long."""
         # Filled before a trace, which must not change a cache.
         nodes = self._node_tables(like, inputs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self._joint_integrals(of_square, *nodes)
         return super()._integrals(of_square, like, inputs)
 
@@ -112,7 +112,7 @@ class Smex(Nexi):
         exponent = (rate * share)[self.places("shells", self._shells, fn)]
         pulse = pulse_weights(coefficients, table, fn, exponent)
         # Eager, one row for all shells is cheaper; compiled, a loop with a lookup is twice faster.
-        if len(self._shells) == 1 and not torch.compiler.is_compiling():
+        if len(self._shells) == 1 and not torch.compiler.is_dynamo_compiling():
             return pulse
         place = self.places("place", self._place, fn)
         return pulse._replace(weights=pulse.weights[:, :, :, place])

@@ -58,7 +58,7 @@ _FORGIVEN = 0.8
 # A criterion that is met where the loss is higher than the lowest on the way by more than this
 # share of it, or of the data, is no convergence: a step that was too long has led to a corner
 # where the signal, and with it the gradient, is 0.
-_NEAR, _NEAR_DATA = 1e-2, 1e-6
+_NEAR, _NEAR_DATA = 1e-2, 1e-3
 
 # Options of GACELLE 1.0 and its paper that differ from the defaults here. Still different: the
 # loss's unit, the clamped state, the projected gradient, a rising loss that is no convergence.

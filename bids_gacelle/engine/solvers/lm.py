@@ -301,7 +301,7 @@ class LmStep:
             outside = [
                 f & (z + s != i) for f, z, s, i in zip(free, position, step, inside, strict=True)
             ]
-            compiling = torch.compiler.is_compiling()
+            compiling = torch.compiler.is_dynamo_compiling()
             if not (compiling or is_recorded(cost)) and not bool(torch.stack(outside).any()):
                 break
             step = [
@@ -340,7 +340,7 @@ class _Symmetric:
 
     def times(self, vector: list[Tensor]) -> list[Tensor]:
         """Return the product with a vector."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             return list((self.joined() * torch.stack(vector)).sum(1))
         return [sum_of([self[i, j] * v for j, v in enumerate(vector)]) for i in range(self.n)]
 
@@ -373,7 +373,7 @@ def _solve(matrix: _Symmetric, rhs: list[Tensor], free: list[Tensor]) -> list[Te
     The matrix is symmetric and positive, so no pivoting is needed; unrolled over the unknowns and
     elementwise over lanes this is several times faster than a batched library call.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return _solve_joined(matrix, rhs, free)
     n = len(rhs)
     mask = [f.to(r.dtype) for f, r in zip(free, rhs, strict=True)]
