@@ -122,8 +122,8 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    cpu = arguments.device == "cpu"
-    out = arguments.out or RESULTS / ("streaming.json" if cpu else "streaming_gpu.json")
+    name = "streaming" + "_tv" * arguments.tv + "_gpu" * (arguments.device != "cpu")
+    out = arguments.out or RESULTS / f"{name}.json"
     if sys.platform != "linux":
         parser.error("memory is read from /proc, which this system has not")
     torch.set_num_threads(1)
