@@ -42,11 +42,17 @@ def is_lazy(values: object) -> bool:
     )
 
 
-def host(values: ArrayLike | Tensor) -> Array:
+def host(values: ArrayLike | Tensor, hidden: float = math.nan) -> Array:
     """Return a numpy view (or copy, from a GPU) of an array or tensor.
 
-    What a masked array of real numbers hides is NaN; numbers that are Python objects become
-    floats.
+    Numbers that are Python objects become floats.
+
+    Parameters
+    ----------
+    values
+        Anything that is an array of numbers.
+    hidden
+        What stands for the values that a masked array of real numbers hides.
 
     Raises
     ------
@@ -57,7 +63,7 @@ def host(values: ArrayLike | Tensor) -> Array:
         if isinstance(values, Tensor):
             values = values.detach().cpu().numpy()
         if isinstance(values, np.ma.MaskedArray) and values.dtype.kind in REAL:
-            return np.asarray(np.ma.filled(values.astype(np.float64), np.nan))
+            return np.asarray(np.ma.filled(values.astype(np.float64), hidden))
         array = np.asarray(values)
         return array.astype(np.float64) if array.dtype.kind == "O" else array
     except (TypeError, ValueError, RuntimeError) as error:
@@ -65,7 +71,9 @@ def host(values: ArrayLike | Tensor) -> Array:
         raise EngineError(f"This cannot be read as an array of numbers: {reason}") from error
 
 
-def real_numbers(what: str, values: ArrayLike | Tensor, kinds: str = REAL) -> Array:
+def real_numbers(
+    what: str, values: ArrayLike | Tensor, kinds: str = REAL, hidden: float = math.nan
+) -> Array:
     """Return an array as `host` does.
 
     Raises
@@ -73,7 +81,7 @@ def real_numbers(what: str, values: ArrayLike | Tensor, kinds: str = REAL) -> Ar
     EngineError
         Its type is not of these kinds; `what` it is, is said.
     """
-    array = host(values)
+    array = host(values, hidden)
     if array.dtype.kind not in kinds:
         raise EngineError(f"{what} must hold real numbers, got {array.dtype}: {values!r:.60}.")
     return array

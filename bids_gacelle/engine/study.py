@@ -216,7 +216,7 @@ class Study:
         if mask is None:
             self._place = np.arange(size)
         else:
-            chosen = np.nan_to_num(real_numbers("mask", np.ma.filled(mask, 0))).astype(bool)
+            chosen = np.nan_to_num(real_numbers("mask", mask, hidden=0)).astype(bool)
             self._require("mask", chosen.shape)
             self._place = np.flatnonzero(chosen.transpose(self._axes))
         self.n = len(self._place)
@@ -252,8 +252,7 @@ class Study:
 
     def _read_weights(self, weights: ArrayLike | Tensor) -> Tensor | Rows:
         """Return weights as a tensor (measurements, 1) or as rows."""
-        hidden = isinstance(weights, np.ma.MaskedArray)
-        array = real_numbers("weights", np.ma.filled(weights, 0) if hidden else weights)
+        array = real_numbers("weights", weights, hidden=0)
         if array.shape not in (
             (self.n_measurements,),
             self.grid,

@@ -137,6 +137,7 @@ def test_arrays_of_other_kinds():
     for arguments in (
         {"data": data.astype(object), "mask": mask.astype(object)},
         {"weights": weights},
+        {"mask": np.ma.masked_array(np.ones(4, bool), ~mask)},
         {"seed": np.array(0), "device": np.array(["cpu"])},
     ):
         result = fit(model, **{"data": data, "mask": mask} | arguments)
@@ -395,6 +396,7 @@ def test_prior_draws_estimates_in_and_lowers_their_error():
         ({"data": np.full((5, 4), "a")}, "fits real data"),
         ({"data": [[1, 2], [3]]}, "cannot be read as an array of numbers"),
         ({"data": torch.ones(5, 4).to_sparse()}, "cannot be read as an array of numbers"),
+        ({"mask": [[True], [True, False]]}, "cannot be read as an array of numbers"),
         ({"mask": ["a"] * 4}, "mask must hold real numbers, got <U1"),
         ({"weights": np.ones(5) * 1j}, "weights must hold real numbers, got complex128"),
         ({"inputs": [1]}, r"inputs is \[1\]; give"),
